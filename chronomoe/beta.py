@@ -1,0 +1,60 @@
+"""Step 3: coherence moves beta.
+
+    beta_coeff += eta * (phi_slow - tau)     for observed experts, then clamped to -k_max..k_max
+
+A promotion prior: coherent experts are chosen more often. Softmax ignores a shift common to a layer's experts, so only
+the differences route; `center` subtracts the layer's mean drift, and then tau cancels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from chronomoe.coherence import CoherenceBuffer
+from chronomoe.router import RouterState
+
+
+@torch.no_grad()
+def update_beta(router_state: RouterState, coherence: CoherenceBuffer, ok: Tensor, follows: Tensor | None = None) -> None:
+    """One step of beta from phi_slow; where `ok` [] bool is False nothing changes.
+
+    `follows` [L, E] int64 gives each expert the coherence of another one of its layer (signal 'shuffled').
+    """
+    config = router_state.config
+    phi, observed = coherence.phi("slow"), coherence.observed()
+    if follows is not None:
+        phi, observed = phi.gather(-1, follows), observed.gather(-1, follows)
+    drift = torch.where(observed, config.eta * (phi - config.tau), 0.0)
+    if config.center:
+        mean = drift.sum(-1, keepdim=True) / observed.sum(-1, keepdim=True).clamp_min(1)
+        drift = torch.where(observed, drift - mean, 0.0)
+    _apply(router_state, drift, ok)
+
+
+@torch.no_grad()
+def update_beta_from_load(router_state: RouterState, chosen: Tensor, ok: Tensor) -> None:
+    """Loss-free load balancing (https://arxiv.org/abs/2408.15664, algorithm 1) from chosen slots [L, E], recentred.
+
+    An expert with less than its layer's mean load rises by eta, one with more falls by eta.
+    """
+    drift = router_state.config.eta * torch.sign(chosen.mean(-1, keepdim=True) - chosen)
+    _apply(router_state, drift - drift.mean(-1, keepdim=True), ok)
+
+
+def _apply(router_state: RouterState, drift: Tensor, ok: Tensor) -> None:
+    beta, k_max = router_state.beta_coeff, router_state.config.k_max
+    beta.copy_(torch.where(ok, (beta + drift).clamp(-k_max, k_max), beta))
+
+
+def derangement(num_layers: int, num_experts: int, seed: int) -> Tensor:
+    """For each layer a random permutation of the experts without fixed points, [L, E] int64, from `seed`.
+
+    A random cycle through all experts: uniform over cyclic permutations, so every other expert is equally likely.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for _ in range(num_layers):
+        cycle = torch.randperm(num_experts, generator=generator)
+        rows.append(torch.empty_like(cycle).scatter_(0, cycle, cycle.roll(-1)))
+    return torch.stack(rows) if rows else torch.empty(0, num_experts, dtype=torch.int64)

@@ -1,0 +1,108 @@
+"""Step 2: does an expert's output point where its layer's output points?
+
+    phi_e = cos(sum of y_e over the expert's tokens, sum of the mixture over all tokens)
+
+The mixture is sum_e g_e y_e, before the residual. A cosine ignores length, so sums over tokens do for means, and sums over
+micro-batches and ranks add. With reference 'leave_one_out' the expert's own share g_e y_e is taken out of the mixture.
+phi is smoothed by three EMAs, read corrected for their start at zero: phi / (1 - alpha^n) after n updates.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from chronomoe.config import ChronoConfig
+from chronomoe.state import StateModule
+from chronomoe.trace import MoETrace
+
+CLOCKS = ("fast", "mid", "slow")
+
+
+@dataclass(frozen=True)
+class CoherenceState:
+    """One expert's coherence as read for people, on the host. phi is None before the first token."""
+
+    expert_id: str  # "L0_E3": transformer block 0, expert 3
+    layer_id: int  # transformer block
+    phi_fast: float | None
+    phi_mid: float | None
+    phi_slow: float | None
+    last_update_step: int  # -1 before the first token
+    total_tokens_seen: int
+    is_being_observed: bool
+
+
+def coherence(output: Tensor, gated_output: Tensor, reference: str) -> Tensor:
+    """phi [..., E] in -1..1 from sums over tokens of y_e and g_e y_e [..., E, D].
+
+    0 where one of the two directions is undefined (no tokens, or a reference of length zero).
+    """
+    target = gated_output.sum(-2, keepdim=True)
+    if reference == "leave_one_out":
+        target = target - gated_output
+    lengths = output.norm(dim=-1) * target.norm(dim=-1)
+    return (output * target).sum(-1) / lengths.clamp_min(torch.finfo(lengths.dtype).tiny)
+
+
+class CoherenceBuffer(StateModule):
+    """The three EMAs of phi and what was observed, for all L layers, on the device.
+
+    Buffers [L, E]: phi_fast, phi_mid, phi_slow (raw EMAs; read them with `phi`), update_count, total_tokens_seen,
+    last_update_step (-1: never); and step [], the number of steps taken.
+    """
+
+    def __init__(self, num_layers: int, num_experts: int, config: ChronoConfig):
+        super().__init__()
+        self.config = config
+        shape = (num_layers, num_experts)
+        for clock in CLOCKS:
+            self.register_buffer(f"phi_{clock}", torch.zeros(shape, dtype=torch.float32))
+        self.register_buffer("update_count", torch.zeros(shape, dtype=torch.int64))
+        self.register_buffer("total_tokens_seen", torch.zeros(shape, dtype=torch.int64))
+        self.register_buffer("last_update_step", torch.full(shape, -1, dtype=torch.int64))
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def update(self, trace: MoETrace, ok: Tensor) -> None:
+        """Take in one step's sums, for the experts that got tokens; where `ok` [] bool is False only time passes."""
+        self.step += 1
+        phi_raw = coherence(trace.output, trace.gated_output, self.config.reference)
+        active = ok & (trace.kept > 0) & phi_raw.isfinite()
+        for clock in CLOCKS:
+            ema = getattr(self, f"phi_{clock}")
+            alpha = getattr(self.config, f"alpha_{clock}")
+            ema.copy_(torch.where(active, alpha * ema + (1 - alpha) * phi_raw, ema))
+        self.update_count += active
+        self.total_tokens_seen += torch.where(active, trace.kept, 0).round().long()
+        self.last_update_step.copy_(torch.where(active, self.step, self.last_update_step))
+
+    def phi(self, clock: str) -> Tensor:
+        """phi [L, E] of a clock, 'fast', 'mid' or 'slow', in -1..1; 0 for experts never observed."""
+        ema = getattr(self, f"phi_{clock}")
+        alpha = getattr(self.config, f"alpha_{clock}")
+        if not self.config.ema_debias or alpha == 0:
+            return ema
+        # 1 - alpha^n, without the cancellation of float32 at alpha = 0.999 and small n
+        weight = -torch.expm1(self.update_count.to(ema.dtype) * math.log(alpha))
+        return torch.where(self.update_count > 0, ema / weight, 0.0)
+
+    def ever_observed(self) -> Tensor:
+        """[L, E] bool: the expert has had a token."""
+        return self.update_count > 0
+
+    def observed(self) -> Tensor:
+        """[L, E] bool: the expert has had a token within the last `window` steps."""
+        return self.ever_observed() & (self.step - self.last_update_step < self.config.window)
+
+    def layer_phi(self) -> Tensor:
+        """Token-weighted mean of phi_slow over a layer's experts, [L]; 0 before any token."""
+        tokens = self.total_tokens_seen.to(self.phi_slow.dtype)
+        return (self.phi("slow") * tokens).sum(-1) / tokens.sum(-1).clamp_min(1)
+
+    def starving(self) -> Tensor:
+        """[L] bool: the layer's coherence is below `starving_phi`."""
+        return self.layer_phi() < self.config.starving_phi

@@ -1,0 +1,71 @@
+"""Step 5: which experts would be pruned. A dry run: proposals are reported, nothing is executed.
+
+    low_observability   after `unused_after` steps: fewer than `unused_tokens` tokens in all, or none for `window` steps,
+                        unless the layer is starving (token-weighted mean phi_slow below `starving_phi`)
+    low_coherence       phi_slow below `prune_phi`, with more than `prune_min_tokens` tokens and `prune_min_updates` updates
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from chronomoe.coherence import CoherenceBuffer
+from chronomoe.config import ChronoConfig
+from chronomoe.state import StateModule
+
+REASONS = ("low_observability", "low_coherence")
+
+
+@dataclass(frozen=True)
+class PruneDecision:
+    """A candidate that opened or was withdrawn, as reported to people."""
+
+    expert_id: str  # "L0_E3": transformer block 0, expert 3
+    reason: str  # one of REASONS
+    action: str  # "open" or "withdrawn"
+    step: int  # at which it opened or was withdrawn
+    phi_slow: float | None  # when reported
+    total_tokens_seen: int  # when reported
+
+
+class LifecycleCoordinator(StateModule):
+    """Evaluates the prune rules each step on the device and remembers which candidates are open.
+
+    Buffers [2, L, E], the first dimension by REASONS: open, bool; since, int64, the step of the last change; reported,
+    bool, what the last report said. A candidate that opens and is withdrawn between two reports is not reported.
+    """
+
+    def __init__(self, num_layers: int, num_experts: int, config: ChronoConfig):
+        super().__init__()
+        self.config = config
+        shape = (len(REASONS), num_layers, num_experts)
+        self.register_buffer("open", torch.zeros(shape, dtype=torch.bool))
+        self.register_buffer("since", torch.zeros(shape, dtype=torch.int64))
+        self.register_buffer("reported", torch.zeros(shape, dtype=torch.bool))
+
+    def evaluate(self, coherence: CoherenceBuffer) -> Tensor:
+        """The rules' answer now, [2, L, E] bool."""
+        config = self.config
+        few = coherence.total_tokens_seen < config.unused_tokens
+        silent = coherence.step - coherence.last_update_step >= config.window
+        unused = (few | silent) & (coherence.step >= config.unused_after) & ~coherence.starving().unsqueeze(-1)
+        incoherent = (
+            (coherence.phi("slow") < config.prune_phi)
+            & (coherence.total_tokens_seen > config.prune_min_tokens)
+            & (coherence.update_count > config.prune_min_updates)
+        )
+        return torch.stack([unused, incoherent])
+
+    @torch.no_grad()
+    def update(self, coherence: CoherenceBuffer) -> None:
+        """Open and withdraw candidates for this step."""
+        now = self.evaluate(coherence)
+        self.since.copy_(torch.where(now != self.open, coherence.step, self.since))
+        self.open.copy_(now)
+
+    def candidates(self) -> Tensor:
+        """Number of experts proposed for any reason, [] int64."""
+        return self.open.any(0).sum()

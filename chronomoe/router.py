@@ -1,0 +1,192 @@
+"""Step 1: a router with two distributions, clean and biased.
+
+    z_clean  = h W_g^T (+ noise)                                [N, E]
+    beta_eff = clamp(beta_coeff, -k_max, k_max) * logit_std     [E]
+    z_biased = z_clean + r * beta_eff                           [N, E]
+
+Tokens go to the top K of z_biased, weighed by the softmax over those K. beta_coeff, logit_std and r are read here and
+written by ChronoLoop only, after the optimizer step.
+
+Shapes: L MoE layers, E experts, N tokens, K top_k, D model width.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from chronomoe.bridge import (
+    changed_share,
+    compute_relevance,
+    disagreement_per_token,
+    js_per_token,
+    overlap_per_token,
+)
+from chronomoe.config import ChronoConfig
+from chronomoe.state import StateModule, widened
+from chronomoe.trace import MoETrace
+
+
+class RouterBias(NamedTuple):
+    """What one layer's router reads of RouterState in a forward."""
+
+    beta_eff: Tensor  # [E] bias on the logits at full strength
+    relevance: Tensor  # [] strength of the last step's bridge, 0 to 1
+
+
+class RouterState(StateModule):
+    """beta and what scales it, for all L MoE layers.
+
+    Buffers: beta_coeff [L, E], scale-free; logit_std [L], the EMA of the standard deviation of z_clean over the experts of a
+    token, 1 until first observed; disagreement [L], of the last step at full strength, and relevance [L], r, which
+    follows from it; updates [], the number of observations of logit_std.
+    """
+
+    def __init__(self, num_layers: int, num_experts: int, config: ChronoConfig):
+        super().__init__()
+        self.config = config
+        self.register_buffer("beta_coeff", torch.zeros(num_layers, num_experts, dtype=torch.float32))
+        self.register_buffer("logit_std", torch.ones(num_layers, dtype=torch.float32))
+        self.register_buffer("disagreement", torch.zeros(num_layers, dtype=torch.float32))
+        self.register_buffer("relevance", torch.ones(num_layers, dtype=torch.float32))
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+
+    def compute_beta_eff(self) -> Tensor:
+        """The bias on the logits at full strength, [L, E]."""
+        k_max = self.config.k_max
+        return self.beta_coeff.clamp(-k_max, k_max) * self.logit_std.unsqueeze(-1)
+
+    def layer_biases(self) -> list[RouterBias | None]:
+        """What each layer's router reads: one RouterBias a layer, or None where step 1 is off."""
+        if not self.config.router:
+            return [None] * len(self.logit_std)
+        relevance = self.relevance if self.config.bridge else torch.ones_like(self.relevance)
+        return [RouterBias(*pair) for pair in zip(self.compute_beta_eff().unbind(0), relevance.unbind(0))]
+
+    @torch.no_grad()
+    def update(self, trace: MoETrace, ok: Tensor) -> None:
+        """Take in one step's sums; where `ok` [] bool is False nothing changes."""
+        config = self.config
+        std = (trace.logit_var / trace.tokens).sqrt()
+        alpha = config.logit_std_alpha
+        smoothed = torch.where(self.updates > 0, alpha * self.logit_std + (1 - alpha) * std, std)
+        self.logit_std.copy_(torch.where(ok, smoothed, self.logit_std))
+        self.updates += ok
+        if config.bridge:
+            seen = trace.disagreement / trace.tokens
+            self.disagreement.copy_(torch.where(ok, seen, self.disagreement))
+            self.relevance.copy_(compute_relevance(self.disagreement, config.bridge_threshold))
+
+
+class Routing(NamedTuple):
+    """Where N tokens go. `aux_loss` and `router_z_loss` [] carry gradients; `stats` holds MoETrace fields without layer dim."""
+
+    experts: Tensor  # [N, K] int64, by falling biased logit
+    gates: Tensor  # [N, K] float32, each row sums to 1
+    z_clean: Tensor  # [N, E]
+    z_biased: Tensor  # [N, E]
+    aux_loss: Tensor
+    router_z_loss: Tensor
+    stats: dict[str, Tensor]
+
+
+class ChronoRouter(nn.Module):
+    """Top-k router whose logits take a slow bias; with no bias it is nanoMoE's noisy top-k router.
+
+    Args:
+        d_model: width D of the hidden states.
+        num_experts: E.
+        top_k: experts a token, 1 to E.
+        config: the loop's settings; the router reads `router`, `gates` and the bridge's.
+        noisy: learnt noise on the logits while training (https://arxiv.org/abs/1701.06538, eq. 4).
+        full_precision: compute the logits in float32 under autocast (https://arxiv.org/abs/2101.03961, section 2.4).
+
+    Raises ValueError if top_k is not in 1..E.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        top_k: int = 2,
+        config: ChronoConfig = ChronoConfig(),
+        *,
+        noisy: bool = False,
+        full_precision: bool = False,
+    ):
+        super().__init__()
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"top_k={top_k} must be between 1 and the number of experts, {num_experts}")
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.config = config
+        self.full_precision = full_precision
+        self.w_g = nn.Linear(d_model, num_experts, bias=False)
+        self.w_noise = nn.Linear(d_model, num_experts, bias=False) if noisy else None
+
+    def clean_logits(self, x: Tensor) -> Tensor:
+        """z_clean [N, E] in float32 (float64 for float64 input) from hidden states x [N, D]."""
+        exact = torch.autocast(x.device.type, enabled=False) if self.full_precision else nullcontext()
+        with exact:
+            x = x.to(self.w_g.weight.dtype) if self.full_precision else x
+            logits = self.w_g(x)
+            if self.w_noise is not None and self.training:
+                scale = F.softplus(self.w_noise(x))
+                logits = logits + scale * torch.randn_like(scale)
+        return widened(logits)
+
+    def forward(
+        self, x: Tensor, bias: RouterBias | None = None, top_k: int | None = None, with_stats: bool = False
+    ) -> Routing:
+        """Route hidden states x [N, D]. `with_stats` adds the sums that ChronoLoop needs."""
+        top_k = top_k or self.top_k
+        z_clean = self.clean_logits(x)
+        disagreement = relevance = None
+        z_biased = z_clean
+        if bias is not None:
+            # The bias is state: constant to autograd, and added in at least float32.
+            relevance = bias.relevance.to(z_clean.dtype)
+            if self.config.bridge and (with_stats or self.config.bridge_scope == "token"):
+                with torch.no_grad():
+                    p, q = z_clean.softmax(-1), (z_clean + bias.beta_eff).softmax(-1)
+                    disagreement = disagreement_per_token(p, q, self.config.bridge_signal)
+                if self.config.bridge_scope == "token":
+                    relevance = compute_relevance(disagreement, self.config.bridge_threshold).unsqueeze(-1)
+            z_biased = z_clean + relevance * bias.beta_eff
+
+        chosen, experts = z_biased.topk(top_k, dim=-1)
+        if bias is not None and self.config.gates == "clean":
+            chosen = z_clean.gather(-1, experts)
+        gates = chosen.softmax(-1)
+
+        # Switch Transformer, https://arxiv.org/abs/2101.03961 eq. 4 to 6, on the gates and the choice that are used.
+        gate_of_expert = torch.zeros_like(z_clean).scatter(-1, experts, gates)
+        chose = torch.zeros_like(z_clean).scatter(-1, experts, 1.0).sum(0)
+        aux_loss = self.num_experts * (gate_of_expert.mean(0) * (chose / len(x))).sum()
+        # ST-MoE, https://arxiv.org/abs/2202.08906 eq. 5.
+        router_z_loss = z_clean.logsumexp(-1).square().mean()
+
+        stats = {"chosen": chose} if with_stats else {}
+        if with_stats and bias is not None:
+            stats |= self._disagreement_sums(z_clean, z_biased, experts, top_k)
+            stats["disagreement"] = stats[self.config.bridge_signal] if disagreement is None else disagreement.sum()
+            stats["relevance"] = relevance.expand(len(x), 1).sum()
+        return Routing(experts, gates, z_clean, z_biased, aux_loss, router_z_loss, stats)
+
+    @torch.no_grad()
+    def _disagreement_sums(self, z_clean: Tensor, z_biased: Tensor, experts: Tensor, top_k: int) -> dict[str, Tensor]:
+        """Sums over tokens of what differs between the clean and the biased routing, by MoETrace's names."""
+        p, q = z_clean.softmax(-1), z_biased.softmax(-1)
+        clean_experts = z_clean.topk(top_k, dim=-1).indices
+        return {
+            "prob": q.sum(0),
+            "logit_var": z_clean.var(-1).sum(),
+            "js": js_per_token(p, q).sum(),
+            "overlap": overlap_per_token(p, q).sum(),
+            "flip": changed_share(clean_experts[:, :1], experts[:, :1]).sum(),
+            "flip_set": changed_share(clean_experts, experts).sum(),
+        }

@@ -1,0 +1,68 @@
+"""What a forward hands to the loop: sums over tokens, so that micro-batches and ranks simply add.
+
+Shapes: L MoE layers, E experts, D model width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class MoETrace:
+    """Sums over the tokens of one or more micro-batches; no field carries a gradient.
+
+    A field is None where the step that it serves is off. `a + b` is the trace of both.
+    """
+
+    tokens: Tensor  # [] tokens seen
+    batches: Tensor  # [] micro-batches seen
+    cross_entropy: Tensor  # [] sum over micro-batches of their mean, nats per token
+    aux_loss: Tensor  # [] likewise, summed over layers, unweighted
+    router_z_loss: Tensor  # [] likewise
+    chosen: Tensor | None = None  # [L, E] slots that chose the expert
+    kept: Tensor | None = None  # [L, E] of those, slots within its capacity
+
+    # Step 1
+    prob: Tensor | None = None  # [L, E] biased routing probability
+    logit_var: Tensor | None = None  # [L] variance of z_clean over the experts of a token, divisor E - 1
+    js: Tensor | None = None  # [L] JS divergence of clean and used routing, nats
+    overlap: Tensor | None = None  # [L] probability mass moved by the used bias
+    flip: Tensor | None = None  # [L] first expert changed
+    flip_set: Tensor | None = None  # [L] share of the top-K set changed
+    disagreement: Tensor | None = None  # [L] the bridge's signal at full strength
+    relevance: Tensor | None = None  # [L] strength with which beta was applied
+
+    # Step 2
+    output: Tensor | None = None  # [L, E, D] expert outputs
+    gated_output: Tensor | None = None  # [L, E, D] gate times expert output; summed over E, the mixture
+
+    @classmethod
+    def from_layers(
+        cls, layers: list[dict[str, Tensor]], tokens: int, cross_entropy: Tensor, aux_loss: Tensor, router_z_loss: Tensor
+    ) -> MoETrace:
+        """Stack the sums of each layer, in the model's order; `layers` is empty for a dense model."""
+        stacked = {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]} if layers else {}
+        losses = [loss.detach() for loss in (cross_entropy, aux_loss, router_z_loss)]
+        return cls(torch.full_like(losses[0], tokens), torch.ones_like(losses[0]), *losses, **stacked)
+
+    def present(self) -> dict[str, Tensor]:
+        """The fields that are not None, by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+
+    def __add__(self, other: MoETrace) -> MoETrace:
+        mine, theirs = self.present(), other.present()
+        return MoETrace(**{name: value + theirs[name] for name, value in mine.items()})
+
+    def summed_over_ranks(self) -> MoETrace:
+        """The trace of all ranks' tokens, by one all-reduce; itself where torch.distributed is not in use."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return self
+        present = self.present()
+        flat = torch.cat([value.reshape(-1) for value in present.values()])
+        torch.distributed.all_reduce(flat)
+        pieces = flat.split([value.numel() for value in present.values()])
+        return MoETrace(**{name: piece.view_as(present[name]) for name, piece in zip(present, pieces)})
