@@ -1,0 +1,1 @@
+"""Config files. Each is Python that sets keys of `python train.py --help`; one may import another's."""

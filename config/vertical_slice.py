@@ -1,0 +1,47 @@
+"""All five steps on a nanoMoE small enough for a laptop: about four minutes on two cores."""
+
+out_dir = "out/vertical_slice"
+dataset = "stdlib"
+wandb_log = True
+
+# 4 blocks, of which 0 and 2 have 8 experts
+n_layer = 4
+n_head = 4
+n_embd = 128
+n_exp = 8
+top_k = 2
+stride = 2
+use_aux_loss = True
+aux_loss_weight = 0.01
+use_router_z_loss = True
+router_z_loss_weight = 0.001
+use_switch_tfm_init = True
+router_use_full_prec = True
+
+block_size = 128
+batch_size = 16
+gradient_accumulation_steps = 1
+
+learning_rate = 2e-3
+min_lr = 2e-4
+warmup_iters = 50
+max_iters = 1000
+lr_decay_iters = 1000
+beta2 = 0.99
+
+eval_interval = 100
+eval_iters = 20
+log_interval = 10
+
+# Step 1: add beta to the routing logits
+chrono_router = True
+# Step 2: track coherence
+chrono_coherence = True
+# Step 3: coherence moves beta
+chrono_beta = True
+# Step 4: weaken beta where it disagrees with the router
+chrono_bridge = True
+# Step 5: propose prunes
+chrono_lifecycle = True
+chrono_unused_after = 500
+chrono_window = 250

@@ -1,0 +1,304 @@
+"""Train a GPT with mixture-of-experts layers and, if asked to, the loop coherence -> beta -> routing around them.
+
+    python train.py config/vertical_slice.py
+    python train.py config/vertical_slice.py --seed=2 --out_dir=out/seed2
+    python train.py config/vertical_slice.py --init_from=resume
+    python train.py --help
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+from chronomoe import ChronoConfig, ChronoLoop
+from chronomoe.bridge import bias_needed, reach
+from model import GPT, GPTConfig
+from trainer import checkpoint as checkpoints
+from trainer import settings as setting
+from trainer.data import EVAL_SEED, TokenData, open_dataset
+from trainer.errors import UserError, run
+from trainer.runlog import RunLog, surroundings
+from trainer.settings import Settings
+
+
+def main(arguments: list[str]) -> int:
+    """Train as the arguments say. Returns the exit status: 0, or 130 after Ctrl-C."""
+    if "--help" in arguments or "-h" in arguments:
+        print(setting.help_text())
+        return 0
+    return train(setting.from_arguments(arguments))
+
+
+def train(s: Settings) -> int:
+    device = pick_device(s.device)
+    autocast = pick_precision(s, device)
+    data = open_dataset(s.dataset, s.block_size)
+    saved = checkpoints.load(Path(s.out_dir), device) if s.init_from == "resume" else None
+    model, optimizer, loop = build(s, data, device, saved)
+    scaler = torch.amp.GradScaler(device.type, enabled=s.dtype == "float16")
+    step, best_val_loss, wandb_id = 0, math.inf, None
+    torch.manual_seed(s.seed)  # dropout and router noise draw from the global generator
+    if saved is not None:
+        step, best_val_loss = saved["iter_num"], float(saved["best_val_loss"])
+        wandb_id = saved.get("wandb_id")
+        if "random" in saved:
+            checkpoints.restore_random_state(saved["random"], device)
+        if "scaler" in saved:
+            scaler.load_state_dict(saved["scaler"])
+    log = RunLog(s, s.flat() | surroundings(data.meta), start=step, wandb_id=wandb_id)
+    for line in introduction(s, model, data, device):
+        log.say(line)
+    forward = torch.compile(model) if s.compile else model
+    interrupted = catch_interrupt(log)
+
+    def batch(split: str, seed: int, at_step: int, micro: int):
+        x, y = data.batch(split, seed, at_step, micro, s.batch_size)
+        if device.type == "cuda":
+            return x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
+        return x.to(device), y.to(device)
+
+    @torch.no_grad()
+    def evaluate() -> float:
+        """Mean cross-entropy over the fixed validation batches, nats per token."""
+        model.eval()
+        total = torch.zeros((), device=device)
+        for i in range(s.eval_iters):
+            with autocast():
+                total += forward(*batch("val", EVAL_SEED, 0, i))[1]
+        model.train()
+        return total.item() / s.eval_iters
+
+    def save() -> None:
+        state = {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "chrono": loop.state_dict(),
+            "scaler": scaler.state_dict(),
+            "random": checkpoints.random_state(device),
+            "model_args": model_args(model.config),
+            "iter_num": step,
+            "best_val_loss": best_val_loss,
+            "config": s.flat(),
+            "wandb_id": log.wandb_id,
+        }
+        checkpoints.save(Path(s.out_dir), state)
+
+    # `step` counts optimizer steps done; a log line tells of the step that has just ended.
+    timer, timed_from = time.perf_counter(), step
+    resumed_at = step if saved is not None else None
+    model.train()
+    while True:
+        values: dict[str, float | None] = {"step": step}
+        logs = step > 0 and step % s.log_interval == 0 and step != resumed_at
+        if logs:
+            ms = (time.perf_counter() - timer) * 1000 / (step - timed_from)
+            values |= step_values(s, total, lr, grad_norm, ms, step) | loop.read()
+            log.decide(loop.report())
+        if (step % s.eval_interval == 0 or step == s.max_iters or s.eval_only) and step != resumed_at:
+            values["val/loss"] = evaluate()
+            better = values["val/loss"] < best_val_loss
+            best_val_loss = min(values["val/loss"], best_val_loss)
+            if step > 0 and (better or s.always_save_checkpoint) and not s.eval_only:
+                save()
+        if len(values) > 1:
+            log.write(values)
+            timer, timed_from = time.perf_counter(), step
+        if step >= s.max_iters or s.eval_only or interrupted:
+            break
+
+        lr = learning_rate(s, step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        total = None
+        for micro in range(s.gradient_accumulation_steps):
+            x, y = batch("train", s.seed, step, micro)
+            with autocast():
+                _, loss, trace = forward(x, y, return_trace=True)
+            scaler.scale(loss / s.gradient_accumulation_steps).backward()
+            total = trace if total is None else total + trace
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
+        # A gradient that is not finite: the optimizer skips the step and the loop its observation, on the device.
+        optimizer.found_inf = found_inf = (~grad_norm.isfinite()).float()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        loop.step(total, found_inf)
+        step += 1
+        log.tick()
+
+    if interrupted and step < s.max_iters and step > 0:
+        save()
+    log.close()
+    for line in farewell(s, log, step, best_val_loss, stopped=bool(interrupted)):
+        print(line)
+    return 130 if interrupted else 0
+
+
+def build(s: Settings, data: TokenData, device: torch.device, saved: dict | None) -> tuple:
+    """(model, optimizer, loop) on `device`, new from the seed or as saved. Raises UserError if they do not fit."""
+    args = s.model_args(data.vocab_size)
+    if saved is not None:
+        args |= shape_of(saved["model_args"])
+        if args["vocab_size"] < data.vocab_size:
+            raise UserError(
+                f"the checkpoint knows {args['vocab_size']} tokens, the dataset {s.dataset} has {data.vocab_size}: "
+                "resume with the dataset that it was trained on"
+            )
+    model = GPT(GPTConfig(**args), torch.Generator().manual_seed(s.seed)).to(device)
+    loop = ChronoLoop(model.router_state, model.config.moe_blocks, seed=s.seed)
+    optimizer = model.configure_optimizers(s.weight_decay, s.learning_rate, (s.beta1, s.beta2), device.type)
+    if saved is None:
+        return model, optimizer, loop
+    try:
+        # nanoMoE saves compiled models under a prefix, and knows no router_state
+        weights = {name.removeprefix("_orig_mod."): value for name, value in saved["model"].items()}
+        model.load_state_dict(model.router_state.state_dict(prefix="router_state.") | weights)
+        # the fused step is the one that can be skipped on the device
+        fused = [group | {"fused": True, "foreach": None} for group in saved["optimizer"]["param_groups"]]
+        optimizer.load_state_dict(saved["optimizer"] | {"param_groups": fused})
+        if "chrono" in saved:
+            loop.load_state_dict(saved["chrono"])
+    except (RuntimeError, ValueError, KeyError) as e:
+        reason = " ".join(str(e).split())
+        raise UserError(f"{Path(s.out_dir) / checkpoints.NAME} does not fit its own settings: {reason}") from None
+    return model, optimizer, loop
+
+
+SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "n_exp", "stride", "use_noisy_top_k")
+
+
+def shape_of(args: dict) -> dict:
+    """Of a checkpoint's model_args what fixes its weights, and the capacities it was trained with."""
+    return {k: v for k, v in args.items() if k in (*SHAPE, "top_k", "train_capacity", "eval_capacity", "min_capacity")}
+
+
+def model_args(config: GPTConfig) -> dict:
+    """GPTConfig as plain values; the loop's settings are in the checkpoint's config."""
+    return {name: value for name, value in vars(config).items() if name != "chrono"}
+
+
+def pick_device(name: str) -> torch.device:
+    """The device by its name, 'auto' for CUDA if there is one. Raises UserError if it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"device={name!r} is not there; use --device=cpu, or --device=auto to take what is") from None
+    return device
+
+
+def pick_precision(s: Settings, device: torch.device):
+    """Resolve s.dtype and return the autocast context to run forward in."""
+    if s.dtype == "auto":
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        s.dtype = "bfloat16" if bf16 else "float16" if device.type == "cuda" else "float32"
+    if device.type != "cuda":
+        if s.dtype != "float32":
+            raise UserError(f"dtype={s.dtype!r} needs CUDA; on {device} use --dtype=float32")
+        return nullcontext
+    torch.set_float32_matmul_precision("high")
+    if s.dtype == "float32":
+        return nullcontext
+    return lambda: torch.autocast(device.type, dtype=getattr(torch, s.dtype))
+
+
+def learning_rate(s: Settings, step: int) -> float:
+    """Linear warm-up, then a cosine from learning_rate to min_lr at lr_decay_iters."""
+    if not s.decay_lr:
+        return s.learning_rate
+    if step < s.warmup_iters:
+        return s.learning_rate * (step + 1) / (s.warmup_iters + 1)
+    if step >= s.lr_decay_iters:
+        return s.min_lr
+    done = (step - s.warmup_iters) / (s.lr_decay_iters - s.warmup_iters)
+    return s.min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (s.learning_rate - s.min_lr)
+
+
+def step_values(s: Settings, total, lr: float, grad_norm: torch.Tensor, ms: float, step: int) -> dict[str, float]:
+    """The numbers of a logged step that are not the loop's. Waits for the device."""
+    tokens = s.gradient_accumulation_steps * s.batch_size * s.block_size
+    losses = torch.stack([total.cross_entropy, total.aux_loss, total.router_z_loss]) / total.batches
+    cross_entropy, aux_loss, router_z_loss, norm = [*losses.tolist(), grad_norm.item()]
+    return {
+        "tokens": step * tokens,
+        "time/step_ms": ms,
+        "time/tokens_per_s": tokens * 1000 / ms,
+        "lr": lr,
+        "grad_norm": norm,
+        "train/loss": cross_entropy,
+        "train/aux_loss": aux_loss,
+        "train/router_z_loss": router_z_loss,
+    }
+
+
+def introduction(s: Settings, model: GPT, data: TokenData, device: torch.device) -> list[str]:
+    """What a person should know before the first step."""
+    tokens = s.gradient_accumulation_steps * s.batch_size * s.block_size
+    lines = [
+        f"data: {data.folder.name}, {len(data.tokens['train']):,} train and {len(data.tokens['val']):,} val tokens, "
+        f"vocabulary {model.config.vocab_size}",
+        f"model: {model.get_num_params(non_embedding=False):,} parameters, {model.num_active_params():,} active per token; "
+        f"MoE in blocks {model.config.moe_blocks}" if model.config.n_exp > 1 else
+        f"model: {model.get_num_params(non_embedding=False):,} parameters, dense",
+        f"run: {s.max_iters:,} steps of {tokens:,} tokens on {device} in {s.dtype}, {torch.get_num_threads()} threads; "
+        f"writes to {s.out_dir}",
+        f"loop: {', '.join(s.steps_on()) or 'off'}" + (f" (beta follows {s.chrono.signal})" if s.chrono.beta else ""),
+    ]
+    if s.chrono.router:
+        lines.append(reach_line(s.chrono))
+    return lines
+
+
+def reach_line(chrono: ChronoConfig) -> str:
+    """How much beta can disagree with the router at these settings, and what the bridge would need to act."""
+    largest = reach(chrono.k_max)
+    line = f"reach: at logit_std 1, k_max={chrono.k_max:g} allows JS {largest['js']:.3f} and overlap {largest['overlap']:.3f}"
+    if not chrono.bridge:
+        return line
+    needed = bias_needed(chrono.bridge_signal, chrono.bridge_threshold)
+    name, threshold = chrono.bridge_signal, chrono.bridge_threshold
+    if not math.isfinite(needed):
+        return f"{line}; no bias reaches the bridge's threshold, {name} {threshold:g}"
+    if chrono.k_max == 0:
+        return f"{line}; the bridge cannot act"
+    return f"{line}; the bridge acts above {name} {threshold:g}, which needs logit_std > {needed / chrono.k_max:.2f}"
+
+
+def farewell(s: Settings, log: RunLog, step: int, best_val_loss: float, stopped: bool) -> list[str]:
+    """Where the run is and what to do with it."""
+    out = Path(s.out_dir)
+    if s.eval_only:
+        return []
+    lines = [f"{'stopped' if stopped else 'done'} at step {step}, best validation loss {best_val_loss:.4f} nats per token"]
+    lines.append(f"the run is in {out}: config.json, metrics.jsonl, decisions.jsonl, {checkpoints.NAME}")
+    if stopped:
+        lines.append("to go on: repeat the command with --init_from=resume")
+    return lines
+
+
+def catch_interrupt(log: RunLog) -> list[int]:
+    """A list that fills at the first Ctrl-C or SIGTERM, so that the step can end; the second Ctrl-C stops at once."""
+    caught: list[int] = []
+
+    def handle(number: int, frame: object) -> None:
+        caught.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print("\nstopping after this step; Ctrl-C again stops now", file=sys.stderr)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+    return caught
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,113 @@
+"""Token files and the batches cut from them.
+
+A batch is a function of (seed, split, step, micro-batch index): no generator holds state, so a run can be resumed or spread
+over ranks without remembering where its data stood.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainer.errors import UserError
+
+DATA = Path(__file__).parent.parent / "data"
+SPLITS = ("train", "val")
+EVAL_SEED = 0  # of the validation batches, the same for every run of a dataset
+GPT2_VOCAB_SIZE = 50304  # 50257, padded to a multiple of 64: what nanoMoE takes where a dataset has no meta file
+
+
+class TokenData:
+    """train.bin and val.bin (uint16) of a dataset, with what its meta file says.
+
+    Raises UserError if a file is missing, unreadable or shorter than a batch needs.
+    """
+
+    def __init__(self, folder: Path, block_size: int):
+        self.folder = folder
+        self.block_size = block_size
+        self.meta = read_meta(folder)
+        self.vocab_size: int = self.meta.get("vocab_size", GPT2_VOCAB_SIZE)
+        self.tokens = {split: self._open(split) for split in SPLITS}
+
+    def _open(self, split: str) -> np.ndarray:
+        path = self.folder / f"{split}.bin"
+        try:
+            size = path.stat().st_size
+            tokens = np.memmap(path, dtype=np.uint16, mode="r") if size > 1 and size % 2 == 0 else None
+        except OSError as e:
+            raise UserError(f"cannot read {path}: {e.strerror}; run {self.folder / 'prepare.py'} first") from None
+        if tokens is None:
+            raise UserError(f"{path} holds {size} bytes, which is no file of 16-bit token ids; prepare it again")
+        if len(tokens) <= self.block_size:
+            raise UserError(f"{path} holds {len(tokens)} tokens, too few for block_size={self.block_size}")
+        return tokens
+
+    def batch(self, split: str, seed: int, step: int, micro: int, batch_size: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, [batch_size, block_size] int64 each, on the CPU.
+
+        micro is the micro-batch's index within the step, over all ranks.
+        """
+        tokens = self.tokens[split]
+        entropy = np.random.SeedSequence([seed, SPLITS.index(split), step, micro])
+        # raw words of a counter-based generator: unlike Generator's methods, fixed across numpy's versions
+        starts = np.random.Philox(entropy).random_raw(batch_size) % np.uint64(len(tokens) - self.block_size)
+        rows = tokens[starts.astype(np.int64)[:, None] + np.arange(self.block_size + 1)].astype(np.int64)
+        if rows.max() >= self.vocab_size:
+            raise UserError(
+                f"{self.folder / split}.bin holds the token id {rows.max()}, beyond the vocabulary of {self.vocab_size}"
+            )
+        rows = torch.from_numpy(rows)
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+def open_dataset(name: str, block_size: int) -> TokenData:
+    """The dataset `name` under data/ (or a path); 'stdlib' is prepared first if it is not there."""
+    folder = DATA / name
+    if name == "stdlib" and not (folder / "meta.json").exists():
+        load_prepare(folder / "prepare.py").prepare(folder)
+    if not folder.is_dir():
+        there = sorted(p.parent.name for p in DATA.glob("*/prepare.py"))
+        raise UserError(f"no folder {folder} for dataset={name!r}; there are {', '.join(there)}, or give a path")
+    return TokenData(folder, block_size)
+
+
+def load_prepare(path: Path) -> Any:
+    """A dataset's prepare.py as a module."""
+    spec = importlib.util.spec_from_file_location(f"prepare_{path.parent.name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """What meta.json says, or nanoGPT's meta.pkl, or nothing. Raises UserError if it is no such file."""
+    path = folder / "meta.json"
+    try:
+        if path.exists():
+            meta = json.loads(path.read_text(encoding="utf-8"))
+        elif (path := folder / "meta.pkl").exists():
+            with path.open("rb") as f:
+                meta = _PlainUnpickler(f).load()
+        else:
+            return {}
+    except (OSError, ValueError, EOFError, pickle.UnpicklingError) as e:
+        raise UserError(f"{path} cannot be read ({e}); prepare the dataset again") from None
+    size = meta.get("vocab_size") if isinstance(meta, dict) else None
+    if not isinstance(size, int) or not 0 < size <= 65536:
+        raise UserError(f"{path} must hold a vocab_size between 1 and 65536, not {size!r}")
+    return meta
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Admits dicts, lists, strings and numbers. A pickle that names a class or function is refused and runs nothing."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it names {module}.{name}, and only plain containers are admitted")

@@ -1,0 +1,189 @@
+"""What a run leaves behind and what a person sees of it.
+
+In out_dir: config.json (every setting as resolved, and what the run ran on), metrics.jsonl (a line a logged step),
+decisions.jsonl (a line when a prune candidate opens or is withdrawn). On the screen: a line a logged step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from chronomoe import PruneDecision
+from trainer.errors import UserError
+from trainer.files import whole_file
+from trainer.settings import Settings
+from trainer.wandb_run import WandbRun
+
+
+class RunLog:
+    """The run's files, its lines on the screen and its W&B run.
+
+    start: the step that the run starts from; lines of later steps, from a run that went on past its checkpoint, are
+    dropped. Raises UserError if out_dir cannot be written, or holds a run already and this one starts anew.
+    """
+
+    def __init__(self, settings: Settings, resolved: dict[str, Any], start: int, wandb_id: str | None = None):
+        self.settings = settings
+        self.out_dir = Path(settings.out_dir)
+        self.start = start
+        self.started = time.perf_counter()
+        self.bar: tqdm | None = None
+        self.wandb: WandbRun | None = None
+        try:
+            self.out_dir.mkdir(parents=True, exist_ok=True)
+            if settings.init_from == "scratch" and (self.out_dir / "metrics.jsonl").exists():
+                raise UserError(
+                    f"{self.out_dir} holds a run already; continue it with --init_from=resume, "
+                    "give another --out_dir, or remove it"
+                )
+            self.metrics = _append_from(self.out_dir / "metrics.jsonl", start)
+            self.decisions = _append_from(self.out_dir / "decisions.jsonl", start)
+            with whole_file(self.out_dir / "config.json") as f:
+                f.write(json.dumps(resolved, indent=2).encode() + b"\n")
+        except OSError as e:
+            raise UserError(f"cannot write to out_dir {self.out_dir}: {e.strerror}") from None
+        if settings.wandb_log:
+            self.wandb = WandbRun(self.say, self.out_dir, config=resolved, id=wandb_id, **wandb_identity(settings))
+        if sys.stdout.isatty():
+            self.bar = tqdm(total=settings.max_iters, initial=start, unit="step", dynamic_ncols=True, file=sys.stdout)
+
+    @property
+    def wandb_id(self) -> str | None:
+        return self.wandb.id if self.wandb else None
+
+    def say(self, line: str) -> None:
+        """A line for the person."""
+        if self.bar is not None:
+            self.bar.write(line, file=sys.stdout)
+        else:
+            print(line, flush=True)
+
+    def tick(self) -> None:
+        """One step is done."""
+        if self.bar is not None:
+            self.bar.update()
+
+    def write(self, values: dict[str, float | None]) -> None:
+        """A logged step: `values` holds `step`, and whatever of the metric names there is to tell."""
+        _write_line(self.metrics, values)
+        if self.wandb:
+            self.wandb.log(values)
+        self.say(self._summary(values))
+
+    def decide(self, decisions: list[PruneDecision]) -> None:
+        """Prune proposals that opened or were withdrawn; none is executed."""
+        for d in decisions:
+            _write_line(self.decisions, dataclasses.asdict(d))
+            verb = "prune" if d.action == "open" else "withdraw the proposal to prune"
+            phi = "none" if d.phi_slow is None else f"{d.phi_slow:.3f}"
+            self.say(
+                f"[DRY-RUN] step {d.step}: {verb} {d.expert_id} "
+                f"(reason={d.reason}, phi_slow={phi}, tokens={d.total_tokens_seen:,})"
+            )
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        self.metrics.close()
+        self.decisions.close()
+        if self.wandb:
+            self.wandb.finish()
+
+    def _summary(self, v: dict[str, float | None]) -> str:
+        parts = [f"step {v['step']:>{len(str(self.settings.max_iters))}}"]
+        if "train/loss" in v:
+            parts.append(f"loss {v['train/loss']:.4f}")
+        if "val/loss" in v:
+            parts.append(f"val {v['val/loss']:.4f}")
+        if "time/tokens_per_s" in v:
+            parts += [f"{v['time/tokens_per_s']:,.0f} tok/s", f"left {self._time_left(v['step'])}"]
+        chrono = self.settings.chrono
+        if any(name.startswith("beta/") for name in v):
+            parts.append(f"beta {_range(v, 'beta/', '/min', '/max')}")
+            parts.append(f"JS {_worst(v, '/js', max):.1e}")
+            parts.append(f"flip {_worst(v, '/flip', max):.3f}")
+        if chrono.bridge and any(name.endswith("/relevance") for name in v):
+            parts.append(f"r {_worst(v, '/relevance', min):.2f}")
+        if chrono.coherence and any(name.startswith("coherence/") for name in v):
+            parts.append(f"phi {_range(v, 'coherence/', '/phi_slow_min', '/phi_slow_max')}")
+        if v.get("lifecycle/candidates"):
+            parts.append(f"candidates {v['lifecycle/candidates']:.0f}")
+        return " | ".join(parts)
+
+    def _time_left(self, step: float) -> str:
+        per_step = (time.perf_counter() - self.started) / max(step - self.start, 1)
+        return tqdm.format_interval(per_step * (self.settings.max_iters - step))
+
+
+def _worst(values: dict[str, float | None], ending: str, pick: Any) -> float:
+    return pick([x for name, x in values.items() if name.endswith(ending) and x is not None], default=float("nan"))
+
+
+def _range(values: dict[str, float | None], start: str, low: str, high: str) -> str:
+    own = {name: x for name, x in values.items() if name.startswith(start)}
+    return f"{_worst(own, low, min):+.3f}..{_worst(own, high, max):+.3f}"
+
+
+def wandb_identity(settings: Settings) -> dict[str, Any]:
+    """Names under which runs with beta on and off overlay: same group, other job_type."""
+    s = settings
+    shape = f"{s.n_layer}x{s.n_embd}-e{s.n_exp}-k{s.top_k}"
+    return {
+        "project": s.wandb_project,
+        "name": s.wandb_run_name or Path(s.out_dir).name,
+        "group": f"{Path(s.dataset).name}-{shape}",
+        "job_type": "beta_on" if s.chrono.beta else "beta_off",
+        "tags": [*s.steps_on(), f"signal:{s.chrono.signal}", f"seed:{s.seed}"],
+    }
+
+
+def surroundings(data_meta: dict[str, Any]) -> dict[str, Any]:
+    """What a run's bits depend on beside its settings: versions, threads, commit, data."""
+    here = Path(__file__).parent
+    try:
+        git = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, capture_output=True, text=True, check=True
+        )
+        commit = git.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    return {
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "git_commit": commit,
+        "data_sha256": data_meta.get("sha256"),
+    }
+
+
+def _append_from(path: Path, start: int):
+    """path open for appending, cut to the lines of steps up to `start`."""
+    kept = b""
+    if path.exists():
+        for line in path.read_bytes().splitlines(keepends=True):
+            try:
+                if line.endswith(b"\n") and json.loads(line)["step"] <= start:
+                    kept += line
+            except (ValueError, KeyError, TypeError):
+                continue  # a line cut short by a kill
+    with whole_file(path) as f:
+        f.write(kept)
+    return path.open("a", encoding="utf-8")
+
+
+def _write_line(f: Any, values: dict[str, Any]) -> None:
+    # JSON has no NaN or infinity
+    plain = {k: None if isinstance(v, float) and not -1e308 < v < 1e308 else v for k, v in values.items()}
+    f.write(json.dumps(plain) + "\n")
+    f.flush()

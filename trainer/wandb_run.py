@@ -1,0 +1,93 @@
+"""Weights & Biases, as a guest: it never asks, never waits and never ends a training run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+REACH_TIMEOUT = 3.0  # seconds
+
+
+class WandbRun:
+    """One W&B run; after a failure it says so once and is silent from then on.
+
+    say: takes a line for the user.
+    """
+
+    def __init__(self, say: Callable[[str], None], out_dir: Path, **identity: Any):
+        """identity: wandb.init's project, name, group, job_type, tags, config and id."""
+        self.say = say
+        self.run = None
+        self.id: str | None = identity.get("id")
+        try:
+            import wandb
+
+            mode, why = _mode(wandb)
+            if mode == "disabled":
+                say(f"W&B: disabled ({why})")
+                return
+            settings = wandb.Settings(silent=True, console="off", init_timeout=30)
+            try:
+                self.run = wandb.init(mode=mode, dir=out_dir, resume="allow", settings=settings, **identity)
+            except Exception as e:
+                if mode == "offline":
+                    raise
+                mode, why = "offline", f"{type(e).__name__}: {_first_line(e)}"
+                self.run = wandb.init(mode=mode, dir=out_dir, settings=settings, **identity)
+            self.run.define_metric("*", step_metric="step")
+        except Exception as e:
+            self._fail("start", e)
+            return
+        self.id = self.run.id
+        if mode == "offline":
+            say(f"W&B: offline ({why}); to upload later: wandb sync {self.run.settings.sync_dir}")
+        else:
+            say(f"W&B: {self.run.url}")
+
+    def log(self, values: dict[str, float | None]) -> None:
+        """One step's values, which hold `step`."""
+        if self.run is not None:
+            try:
+                self.run.log({k: v for k, v in values.items() if v is not None}, step=int(values["step"]))
+            except Exception as e:
+                self._fail("log", e)
+
+    def finish(self) -> None:
+        if self.run is not None:
+            try:
+                self.run.finish()
+            except Exception as e:
+                self._fail("finish", e)
+
+    def _fail(self, doing: str, e: Exception) -> None:
+        self.run = None
+        self.say(f"W&B: could not {doing} ({type(e).__name__}: {_first_line(e)}); training goes on without it")
+
+
+def _mode(wandb: Any) -> tuple[str, str]:
+    """('online', 'offline' or 'disabled', why), found out without asking the user."""
+    import requests
+
+    chosen = os.environ.get("WANDB_MODE")
+    if chosen in ("offline", "disabled"):
+        return chosen, f"WANDB_MODE={chosen}"
+    settings = wandb.setup().settings
+    url = str(settings.base_url)
+    if not (
+        settings.api_key
+        or os.environ.get("WANDB_API_KEY")
+        or os.environ.get("WANDB_IDENTITY_TOKEN_FILE")
+        or requests.utils.get_netrc_auth(url)
+    ):
+        return "offline", "not logged in; `wandb login` logs in"
+    try:
+        requests.head(url, timeout=REACH_TIMEOUT)
+    except requests.RequestException:
+        return "offline", f"{url} cannot be reached"
+    return "online", ""
+
+
+def _first_line(e: Exception) -> str:
+    return (str(e).splitlines() or [""])[0]
