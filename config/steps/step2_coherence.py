@@ -1,0 +1,6 @@
+"""Steps 1 and 2: each expert's coherence with its layer is tracked."""
+
+from config.steps.step1_router import *
+
+out_dir = "out/step2_coherence"
+chrono_coherence = True
