@@ -120,7 +120,7 @@ class MLPExperts(nn.Module):
         self.use_grouped_mm: bool | None = None
 
     def forward(self, rows: Tensor, plan: Dispatch, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Expert outputs [S, D] of rows [S, D] sorted by `plan`; with `weights` [2, S] their weighted sums [2, E, D]."""
+        """Expert outputs [S, D] of rows [S, D] sorted by `plan`; with `weights` [2, S] also sums by them [2, E, D]."""
         if self._grouped(rows):
             return self._forward_grouped(rows, plan, weights)
         return self._forward_loop(rows, plan, weights)
@@ -264,9 +264,9 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def _init_weights(self, generator: torch.Generator | None) -> None:
-        """GPT-2's scheme; with use_switch_tfm_init, Switch Transformer's (https://arxiv.org/abs/2101.03961, section 2.4).
+        """GPT-2's scheme, or Switch Transformer's (https://arxiv.org/abs/2101.03961, section 2.4).
 
-        As in nanoMoE, residual projections get GPT-2's scaled deviation in either scheme.
+        As in nanoMoE, residual projections get GPT-2's scaled deviation in either.
         """
         config = self.config
         residual_std = 0.02 / math.sqrt(2 * config.n_layer)
@@ -328,7 +328,7 @@ class GPT(nn.Module):
         return logits, loss, MoETrace.from_layers(stats, idx.numel(), cross_entropy, aux_loss, router_z_loss)
 
     def get_num_params(self, non_embedding: bool = True) -> int:
-        """Number of parameters, by default without the position embeddings (the token embeddings are the output layer)."""
+        """Number of parameters, by default without position embeddings; token embeddings are the output layer."""
         n = sum(p.numel() for p in self.parameters())
         return n - self.transformer.wpe.weight.numel() if non_embedding else n
 
@@ -380,8 +380,8 @@ class GPT(nn.Module):
     ) -> torch.optim.AdamW:
         """Fused AdamW; tensors of two or more dimensions that are no biases decay.
 
-        An optimizer's state is matched by parameter order, which is nanoMoE's. Fused also where it is no faster, because
-        only the fused step can be skipped on the device (`optimizer.found_inf`).
+        An optimizer's state is matched by parameter order, which is nanoMoE's. Fused also where it is no faster,
+        because only the fused step can be skipped on the device (`optimizer.found_inf`).
         """
         params = {name: p for name, p in self.named_parameters() if p.requires_grad}
         decays = {name: p.dim() >= 2 and not name.endswith("bias") for name, p in params.items()}

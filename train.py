@@ -1,16 +1,14 @@
 """Train a GPT with mixture-of-experts layers and, if asked to, the loop coherence -> beta -> routing around them.
 
-    python train.py config/vertical_slice.py
-    python train.py config/vertical_slice.py --seed=2 --out_dir=out/seed2
-    python train.py config/vertical_slice.py --init_from=resume
-    python train.py --help
+python train.py config/vertical_slice.py
+python train.py config/vertical_slice.py --seed=2 --out_dir=out/seed2
+python train.py config/vertical_slice.py --init_from=resume
+python train.py --help
 """
 
 from __future__ import annotations
 
 import math
-import signal
-import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,21 +20,32 @@ from chronomoe.bridge import bias_needed, reach
 from model import GPT, GPTConfig
 from trainer import checkpoint as checkpoints
 from trainer import settings as setting
-from trainer.data import EVAL_SEED, TokenData, open_dataset
+from trainer.data import EVAL_SEED, SPLITS, TokenData, open_dataset
 from trainer.errors import UserError, run
 from trainer.runlog import RunLog, surroundings
 from trainer.settings import Settings
+from trainer.signals import caught_signals
+
+# Of a checkpoint's model_args what fixes its weights and its routing; the rest comes from the settings.
+KEPT_ON_RESUME = (
+    *("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "n_exp", "stride", "use_noisy_top_k"),
+    *("top_k", "train_capacity", "eval_capacity", "min_capacity"),
+)
 
 
 def main(arguments: list[str]) -> int:
-    """Train as the arguments say. Returns the exit status: 0, or 130 after Ctrl-C."""
+    """Train as the arguments say. Returns the exit status: 0, or 128 + its number after a signal."""
     if "--help" in arguments or "-h" in arguments:
         print(setting.help_text())
         return 0
-    return train(setting.from_arguments(arguments))
+    settings = setting.from_arguments(arguments)
+    with caught_signals() as caught:
+        train(settings, caught)
+    return 128 + caught[0] if caught else 0
 
 
-def train(s: Settings) -> int:
+def train(s: Settings, caught: list[int]) -> None:
+    """Run the training that the settings describe, until its end or until a signal is in `caught`."""
     device = pick_device(s.device)
     autocast = pick_precision(s, device)
     data = open_dataset(s.dataset, s.block_size)
@@ -52,11 +61,10 @@ def train(s: Settings) -> int:
             checkpoints.restore_random_state(saved["random"], device)
         if "scaler" in saved:
             scaler.load_state_dict(saved["scaler"])
-    log = RunLog(s, s.flat() | surroundings(data.meta), start=step, wandb_id=wandb_id)
-    for line in introduction(s, model, data, device):
-        log.say(line)
-    forward = torch.compile(model) if s.compile else model
-    interrupted = catch_interrupt(log)
+    forward = model
+    if s.compile:
+        torch._dynamo.config.capture_scalar_outputs = True  # the loop over experts reads their token counts
+        forward = torch.compile(model)
 
     def batch(split: str, seed: int, at_step: int, micro: int):
         x, y = data.batch(split, seed, at_step, micro, s.batch_size)
@@ -75,7 +83,14 @@ def train(s: Settings) -> int:
         model.train()
         return total.item() / s.eval_iters
 
-    def save() -> None:
+    if s.eval_only:
+        print(f"validation loss at step {step}: {evaluate():.4f} nats per token, over {s.eval_iters} batches")
+        return
+    log = RunLog(s, s.flat() | surroundings(data.meta), start=step, wandb_id=wandb_id)
+    for line in introduction(s, model, data, device):
+        log.say(line)
+
+    def save(step: int) -> None:
         state = {
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
@@ -90,29 +105,21 @@ def train(s: Settings) -> int:
         }
         checkpoints.save(Path(s.out_dir), state)
 
-    # `step` counts optimizer steps done; a log line tells of the step that has just ended.
-    timer, timed_from = time.perf_counter(), step
-    resumed_at = step if saved is not None else None
-    model.train()
-    while True:
-        values: dict[str, float | None] = {"step": step}
-        logs = step > 0 and step % s.log_interval == 0 and step != resumed_at
-        if logs:
-            ms = (time.perf_counter() - timer) * 1000 / (step - timed_from)
-            values |= step_values(s, total, lr, grad_norm, ms, step) | loop.read()
-            log.decide(loop.report())
-        if (step % s.eval_interval == 0 or step == s.max_iters or s.eval_only) and step != resumed_at:
-            values["val/loss"] = evaluate()
-            better = values["val/loss"] < best_val_loss
-            best_val_loss = min(values["val/loss"], best_val_loss)
-            if step > 0 and (better or s.always_save_checkpoint) and not s.eval_only:
-                save()
-        if len(values) > 1:
-            log.write(values)
-            timer, timed_from = time.perf_counter(), step
-        if step >= s.max_iters or s.eval_only or interrupted:
-            break
+    def check(step: int) -> dict[str, float]:
+        """Evaluate, and save if it is time to."""
+        nonlocal best_val_loss
+        val_loss = evaluate()
+        better, best_val_loss = val_loss < best_val_loss, min(val_loss, best_val_loss)
+        if step > 0 and (better or s.always_save_checkpoint):
+            save(step)
+        return {"val/loss": val_loss}
 
+    model.train()
+    if saved is None:
+        log.write({"step": step} | check(step))
+    timer, timed_from = time.perf_counter(), step
+    # `step` counts optimizer steps done, so a line of step 1 tells of the first.
+    while step < s.max_iters and not caught:
         lr = learning_rate(s, step)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -134,19 +141,29 @@ def train(s: Settings) -> int:
         step += 1
         log.tick()
 
-    if interrupted and step < s.max_iters and step > 0:
-        save()
+        values: dict[str, float | None] = {}
+        if step % s.log_interval == 0 or step == s.max_iters:
+            ms = (time.perf_counter() - timer) * 1000 / (step - timed_from)
+            values |= step_values(s, total, lr, grad_norm, ms, step) | loop.read()
+            log.decide(loop.report())
+        if step % s.eval_interval == 0 or step == s.max_iters:
+            values |= check(step)
+        if values:
+            log.write({"step": step} | values)
+            timer, timed_from = time.perf_counter(), step
+
+    if caught and step < s.max_iters:
+        save(step)
     log.close()
-    for line in farewell(s, log, step, best_val_loss, stopped=bool(interrupted)):
+    for line in farewell(s, step, best_val_loss, stopped=step < s.max_iters):
         print(line)
-    return 130 if interrupted else 0
 
 
 def build(s: Settings, data: TokenData, device: torch.device, saved: dict | None) -> tuple:
     """(model, optimizer, loop) on `device`, new from the seed or as saved. Raises UserError if they do not fit."""
     args = s.model_args(data.vocab_size)
     if saved is not None:
-        args |= shape_of(saved["model_args"])
+        args |= {key: value for key, value in saved["model_args"].items() if key in KEPT_ON_RESUME}
         if args["vocab_size"] < data.vocab_size:
             raise UserError(
                 f"the checkpoint knows {args['vocab_size']} tokens, the dataset {s.dataset} has {data.vocab_size}: "
@@ -170,14 +187,6 @@ def build(s: Settings, data: TokenData, device: torch.device, saved: dict | None
         reason = " ".join(str(e).split())
         raise UserError(f"{Path(s.out_dir) / checkpoints.NAME} does not fit its own settings: {reason}") from None
     return model, optimizer, loop
-
-
-SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "n_exp", "stride", "use_noisy_top_k")
-
-
-def shape_of(args: dict) -> dict:
-    """Of a checkpoint's model_args what fixes its weights, and the capacities it was trained with."""
-    return {k: v for k, v in args.items() if k in (*SHAPE, "top_k", "train_capacity", "eval_capacity", "min_capacity")}
 
 
 def model_args(config: GPTConfig) -> dict:
@@ -224,9 +233,13 @@ def learning_rate(s: Settings, step: int) -> float:
     return s.min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (s.learning_rate - s.min_lr)
 
 
+def tokens_per_step(s: Settings) -> int:
+    return s.gradient_accumulation_steps * s.batch_size * s.block_size
+
+
 def step_values(s: Settings, total, lr: float, grad_norm: torch.Tensor, ms: float, step: int) -> dict[str, float]:
     """The numbers of a logged step that are not the loop's. Waits for the device."""
-    tokens = s.gradient_accumulation_steps * s.batch_size * s.block_size
+    tokens = tokens_per_step(s)
     losses = torch.stack([total.cross_entropy, total.aux_loss, total.router_z_loss]) / total.batches
     cross_entropy, aux_loss, router_z_loss, norm = [*losses.tolist(), grad_norm.item()]
     return {
@@ -243,16 +256,18 @@ def step_values(s: Settings, total, lr: float, grad_norm: torch.Tensor, ms: floa
 
 def introduction(s: Settings, model: GPT, data: TokenData, device: torch.device) -> list[str]:
     """What a person should know before the first step."""
-    tokens = s.gradient_accumulation_steps * s.batch_size * s.block_size
+    train_tokens, val_tokens = (len(data.tokens[split]) for split in SPLITS)
+    step_tokens = tokens_per_step(s)
+    parameters = model.get_num_params(non_embedding=False)
+    c = model.config
+    experts = f"{c.n_exp} experts in blocks {c.moe_blocks}, {c.top_k} a token" if c.n_exp > 1 else "dense"
+    steps_on = ", ".join(s.steps_on()) or "all steps off"
     lines = [
-        f"data: {data.folder.name}, {len(data.tokens['train']):,} train and {len(data.tokens['val']):,} val tokens, "
-        f"vocabulary {model.config.vocab_size}",
-        f"model: {model.get_num_params(non_embedding=False):,} parameters, {model.num_active_params():,} active per token; "
-        f"MoE in blocks {model.config.moe_blocks}" if model.config.n_exp > 1 else
-        f"model: {model.get_num_params(non_embedding=False):,} parameters, dense",
-        f"run: {s.max_iters:,} steps of {tokens:,} tokens on {device} in {s.dtype}, {torch.get_num_threads()} threads; "
-        f"writes to {s.out_dir}",
-        f"loop: {', '.join(s.steps_on()) or 'off'}" + (f" (beta follows {s.chrono.signal})" if s.chrono.beta else ""),
+        f"data: {data.folder.name}, {train_tokens:,} train and {val_tokens:,} val tokens, vocabulary {c.vocab_size}",
+        f"model: {parameters:,} parameters, {model.num_active_params():,} active per token; {experts}",
+        f"run: {s.max_iters:,} steps of {step_tokens:,} tokens on {device} in {s.dtype}, "
+        f"{torch.get_num_threads()} threads; writes to {s.out_dir}",
+        f"loop: {steps_on}" + (f"; beta follows {s.chrono.signal}" if s.chrono.beta else ""),
     ]
     if s.chrono.router:
         lines.append(reach_line(s.chrono))
@@ -262,7 +277,10 @@ def introduction(s: Settings, model: GPT, data: TokenData, device: torch.device)
 def reach_line(chrono: ChronoConfig) -> str:
     """How much beta can disagree with the router at these settings, and what the bridge would need to act."""
     largest = reach(chrono.k_max)
-    line = f"reach: at logit_std 1, k_max={chrono.k_max:g} allows JS {largest['js']:.3f} and overlap {largest['overlap']:.3f}"
+    line = (
+        f"reach: k_max={chrono.k_max:g} allows at most JS {largest['js']:.3f} and overlap {largest['overlap']:.3f} "
+        "at a logit_std of 1"
+    )
     if not chrono.bridge:
         return line
     needed = bias_needed(chrono.bridge_signal, chrono.bridge_threshold)
@@ -271,33 +289,21 @@ def reach_line(chrono: ChronoConfig) -> str:
         return f"{line}; no bias reaches the bridge's threshold, {name} {threshold:g}"
     if chrono.k_max == 0:
         return f"{line}; the bridge cannot act"
-    return f"{line}; the bridge acts above {name} {threshold:g}, which needs logit_std > {needed / chrono.k_max:.2f}"
+    return (
+        f"{line}; the bridge acts above {name} {threshold:g}, which takes a logit_std over {needed / chrono.k_max:.2f}"
+    )
 
 
-def farewell(s: Settings, log: RunLog, step: int, best_val_loss: float, stopped: bool) -> list[str]:
+def farewell(s: Settings, step: int, best_val_loss: float, stopped: bool) -> list[str]:
     """Where the run is and what to do with it."""
     out = Path(s.out_dir)
-    if s.eval_only:
-        return []
-    lines = [f"{'stopped' if stopped else 'done'} at step {step}, best validation loss {best_val_loss:.4f} nats per token"]
+    lines = [
+        f"{'stopped' if stopped else 'done'} at step {step}, best validation loss {best_val_loss:.4f} nats per token"
+    ]
     lines.append(f"the run is in {out}: config.json, metrics.jsonl, decisions.jsonl, {checkpoints.NAME}")
     if stopped:
         lines.append("to go on: repeat the command with --init_from=resume")
     return lines
-
-
-def catch_interrupt(log: RunLog) -> list[int]:
-    """A list that fills at the first Ctrl-C or SIGTERM, so that the step can end; the second Ctrl-C stops at once."""
-    caught: list[int] = []
-
-    def handle(number: int, frame: object) -> None:
-        caught.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        print("\nstopping after this step; Ctrl-C again stops now", file=sys.stderr)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handle)
-    return caught
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The closed loop coherence -> beta -> routing -> coherence for mixture-of-experts layers.
 
-Step 1 router.py, step 2 coherence.py, step 3 beta.py, step 4 bridge.py, step 5 lifecycle.py; loop.py ties them, trace.py
-carries what the forward saw, and dispatch.py moves tokens to experts and back. Nothing here knows of a trainer or of a
-particular model.
+Step 1 router.py, step 2 coherence.py, step 3 beta.py, step 4 bridge.py, step 5 lifecycle.py; loop.py ties them,
+trace.py carries what the forward saw, and dispatch.py moves tokens to experts and back. Nothing here knows of a trainer
+or of a particular model.
 """
 
 from chronomoe.beta import update_beta

@@ -16,7 +16,9 @@ from chronomoe.router import RouterState
 
 
 @torch.no_grad()
-def update_beta(router_state: RouterState, coherence: CoherenceBuffer, ok: Tensor, follows: Tensor | None = None) -> None:
+def update_beta(
+    router_state: RouterState, coherence: CoherenceBuffer, ok: Tensor, follows: Tensor | None = None
+) -> None:
     """One step of beta from phi_slow; where `ok` [] bool is False nothing changes.
 
     `follows` [L, E] int64 gives each expert the coherence of another one of its layer (signal 'shuffled').

@@ -19,8 +19,8 @@ from torch import Tensor
 def js_per_token(p: Tensor, q: Tensor) -> Tensor:
     """Jensen-Shannon divergence of distributions p and q [..., E], in nats, 0 to ln 2: [...].
 
-    With t = (q - p) / (q + p) the summand is (p + q)/4 * ((1 - t) log(1 - t) + (1 + t) log(1 + t)), which stays accurate
-    where p and q nearly agree and is exactly 0 where they agree.
+    With t = (q - p) / (q + p) the summand is (p + q)/4 * ((1 - t) log(1 - t) + (1 + t) log(1 + t)), which stays
+    accurate where p and q nearly agree and is exactly 0 where they agree.
     """
     total = p + q
     t = (q - p) / total.clamp_min(torch.finfo(total.dtype).tiny)

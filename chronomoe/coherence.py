@@ -2,9 +2,12 @@
 
     phi_e = cos(sum of y_e over the expert's tokens, sum of the mixture over all tokens)
 
-The mixture is sum_e g_e y_e, before the residual. A cosine ignores length, so sums over tokens do for means, and sums over
-micro-batches and ranks add. With reference 'leave_one_out' the expert's own share g_e y_e is taken out of the mixture.
-phi is smoothed by three EMAs, read corrected for their start at zero: phi / (1 - alpha^n) after n updates.
+The mixture is sum_e g_e y_e, before the residual. A cosine ignores length, so sums over tokens do for means, and sums
+over micro-batches and ranks add. With reference 'leave_one_out' the expert's own share g_e y_e is taken out of the
+mixture. phi is smoothed by three EMAs, read corrected for their start at zero: phi / (1 - alpha^n) after n updates.
+
+Coherence with the mixture rewards loudness: an expert of noise three times too large is most of the mixture that it is
+compared with. leave_one_out is not fooled.
 """
 
 from __future__ import annotations

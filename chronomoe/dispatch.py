@@ -1,8 +1,9 @@
 """Tokens to experts and back, by one stable sort; no [N, E, capacity] tensor, no atomics.
 
-Slots are (token, choice) pairs in choice-major order: slot k * N + n is token n's k-th choice. A stable sort of the slots by
-expert gives each expert a contiguous run in which first choices come before second ones, which is the order in which
-nanoMoE fills an expert's capacity. Both directions only gather, forward and backward, so results repeat bit for bit.
+Slots are (token, choice) pairs in choice-major order: slot k * N + n is token n's k-th choice. A stable sort of the
+slots by expert gives each expert a contiguous run in which first choices come before second ones, which is the order in
+which nanoMoE fills an expert's capacity. Both directions only gather, forward and backward, so results repeat bit for
+bit. Slots over capacity are computed and weighed by zero: a capacity changes what is learnt, not what a step costs.
 
 Shapes: N tokens, K choices a token, E experts, D model width, S = K * N slots.
 """

@@ -1,8 +1,9 @@
 """Step 5: which experts would be pruned. A dry run: proposals are reported, nothing is executed.
 
-    low_observability   after `unused_after` steps: fewer than `unused_tokens` tokens in all, or none for `window` steps,
-                        unless the layer is starving (token-weighted mean phi_slow below `starving_phi`)
-    low_coherence       phi_slow below `prune_phi`, with more than `prune_min_tokens` tokens and `prune_min_updates` updates
+low_observability   after `unused_after` steps: fewer than `unused_tokens` tokens in all, or none for `window`
+                    steps, unless the layer is starving (token-weighted mean phi_slow below `starving_phi`)
+low_coherence       phi_slow below `prune_phi`, with more than `prune_min_tokens` tokens and more than
+                    `prune_min_updates` updates
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from chronomoe.beta import derangement, update_beta, update_beta_from_load
 from chronomoe.coherence import CLOCKS, CoherenceBuffer, CoherenceState
 from chronomoe.lifecycle import REASONS, LifecycleCoordinator, PruneDecision
 from chronomoe.router import RouterState
+from chronomoe.state import widened
 from chronomoe.trace import MoETrace
 
 
@@ -48,7 +49,7 @@ class ChronoLoop:
     def step(self, trace: MoETrace, found_inf: Tensor | None = None) -> None:
         """Take in one optimizer step's trace, summed over its micro-batches; with ranks, every rank calls this.
 
-        found_inf: [] tensor, nonzero where the gradient was not finite: the step was skipped, and so is its observation.
+        found_inf: [] tensor, nonzero where the gradient was not finite: the step was skipped, so is its observation.
         """
         config = self.config
         trace = trace.summed_over_ranks()
@@ -77,17 +78,14 @@ class ChronoLoop:
     def snapshot(self) -> dict[tuple[int, int], CoherenceState]:
         """Every expert's coherence for people, keyed by (transformer block, expert). Waits for the device."""
         c = self.coherence
-        table = torch.stack(
-            [c.phi(clock).double() for clock in CLOCKS]
-            + [x.double() for x in (c.last_update_step, c.total_tokens_seen, c.observed())]
-        ).tolist()
+        phis = torch.stack([c.phi(clock) for clock in CLOCKS], dim=-1).tolist()
+        seen = torch.stack([c.last_update_step, c.total_tokens_seen, c.observed().long()], dim=-1).tolist()
         states = {}
         for layer, block in enumerate(self.layer_ids):
-            for expert in range(len(table[0][layer])):
-                *phis, last, tokens, observed = (column[layer][expert] for column in table)
-                phis = phis if last >= 0 else [None] * 3
+            for expert, (last, tokens, observed) in enumerate(seen[layer]):
+                phi = phis[layer][expert] if last >= 0 else [None] * len(CLOCKS)
                 states[block, expert] = CoherenceState(
-                    expert_id(block, expert), block, *phis, int(last), int(tokens), bool(observed)
+                    expert_id(block, expert), block, *phi, last, tokens, bool(observed)
                 )
         return states
 
@@ -119,15 +117,15 @@ class ChronoLoop:
 
     @torch.no_grad()
     def read(self) -> dict[str, float | None]:
-        """The last step's numbers by the names in the README, None where there is nothing to tell. Waits for the device."""
+        """The last step's numbers by their metric names, None where there is nothing to tell. Waits for the device."""
         if self.last is None or self.last.chosen is None:
             return {}
         per_layer, per_expert, alone = self._numbers()
-        columns = [x.double() for x in (*per_layer.values(), *per_expert.values(), *alone.values())]
-        flat = torch.cat([x.reshape(-1) for x in columns]).tolist()
+        tensors = (*per_layer.values(), *per_expert.values(), *alone.values())
+        flat = torch.cat([widened(x).reshape(-1) for x in tensors]).tolist()
 
         values: dict[str, float | None] = {}
-        num_layers, num_experts = self.router_state.beta_coeff.shape
+        num_experts = self.router_state.beta_coeff.shape[1]
         place = 0
         for name in per_layer:
             group, metric = name.split("/")
@@ -171,7 +169,7 @@ class ChronoLoop:
                 "beta/min": beta.amin(-1),
                 "beta/max": beta.amax(-1),
                 "beta/spread": beta.amax(-1) - beta.amin(-1),
-                "beta/clamped": (beta.abs() >= config.k_max).double().mean(-1),
+                "beta/clamped": (beta.abs() >= config.k_max).to(beta.dtype).mean(-1),
             }
             per_expert["beta"] = beta
         if config.coherence:
@@ -182,7 +180,7 @@ class ChronoLoop:
                 "coherence/layer": c.layer_phi().where(any_seen, torch.nan),
                 "coherence/phi_slow_min": slow.masked_fill(~seen, torch.inf).amin(-1).where(any_seen, torch.nan),
                 "coherence/phi_slow_max": slow.masked_fill(~seen, -torch.inf).amax(-1).where(any_seen, torch.nan),
-                "coherence/starving": c.starving().double(),
+                "coherence/starving": c.starving(),
             }
             per_expert |= {f"phi_{clock}": c.phi(clock).where(seen, torch.nan) for clock in CLOCKS}
         if config.lifecycle:

@@ -41,9 +41,9 @@ class RouterBias(NamedTuple):
 class RouterState(StateModule):
     """beta and what scales it, for all L MoE layers.
 
-    Buffers: beta_coeff [L, E], scale-free; logit_std [L], the EMA of the standard deviation of z_clean over the experts of a
-    token, 1 until first observed; disagreement [L], of the last step at full strength, and relevance [L], r, which
-    follows from it; updates [], the number of observations of logit_std.
+    Buffers: beta_coeff [L, E], scale-free; logit_std [L], the EMA of the standard deviation of z_clean over the experts
+    of a token (divisor E - 1), pooled over tokens, 1 until first observed; disagreement [L], of the last step at full
+    strength, and relevance [L], r, which follows from it; updates [], the number of observations of logit_std.
     """
 
     def __init__(self, num_layers: int, num_experts: int, config: ChronoConfig):
@@ -83,15 +83,15 @@ class RouterState(StateModule):
 
 
 class Routing(NamedTuple):
-    """Where N tokens go. `aux_loss` and `router_z_loss` [] carry gradients; `stats` holds MoETrace fields without layer dim."""
+    """Where N tokens go."""
 
     experts: Tensor  # [N, K] int64, by falling biased logit
     gates: Tensor  # [N, K] float32, each row sums to 1
     z_clean: Tensor  # [N, E]
     z_biased: Tensor  # [N, E]
-    aux_loss: Tensor
-    router_z_loss: Tensor
-    stats: dict[str, Tensor]
+    aux_loss: Tensor  # [], with a gradient
+    router_z_loss: Tensor  # [], with a gradient
+    stats: dict[str, Tensor]  # fields of MoETrace, of this layer alone
 
 
 class ChronoRouter(nn.Module):

@@ -22,5 +22,5 @@ class StateModule(nn.Module):
 
 
 def widened(x: Tensor) -> Tensor:
-    """x in float32, or in float64 if it came so: the precision in which statistics are taken."""
+    """x in float32, or in float64 if it came so: the precision in which statistics are taken and read."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -42,7 +42,12 @@ class MoETrace:
 
     @classmethod
     def from_layers(
-        cls, layers: list[dict[str, Tensor]], tokens: int, cross_entropy: Tensor, aux_loss: Tensor, router_z_loss: Tensor
+        cls,
+        layers: list[dict[str, Tensor]],
+        tokens: int,
+        cross_entropy: Tensor,
+        aux_loss: Tensor,
+        router_z_loss: Tensor,
     ) -> MoETrace:
         """Stack the sums of each layer, in the model's order; `layers` is empty for a dense model."""
         stacked = {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]} if layers else {}

@@ -1,4 +1,4 @@
-"""Slow versions to compare with: loops over tokens and experts, written from design's equations, sharing no code with them."""
+"""Slow versions to compare with: loops over tokens and experts, written from the equations, sharing no code."""
 
 from __future__ import annotations
 
@@ -106,20 +106,15 @@ def phi(y: Tensor, experts: Tensor, gates: Tensor, kept: Tensor, num_experts: in
     return values
 
 
-class OneHotMoE:
-    """nanoMoE's way to dispatch, [N, E, capacity] one-hot tensors, for timing: same result as the sorted dispatch."""
-
-    def __init__(self, num_experts: int):
-        self.num_experts = num_experts
-
-    def __call__(self, x: Tensor, experts: Tensor, gates: Tensor, c_fc: Tensor, c_proj: Tensor) -> Tensor:
-        chosen = F.one_hot(experts.t(), self.num_experts)  # [K, N, E]
-        K, N, E = chosen.shape
-        rank = (chosen.reshape(K * N, E).cumsum(0) - 1).view(K, N, E)
-        capacity = N
-        place = F.one_hot((rank * chosen).sum(-1), capacity)  # [K, N, C]
-        weight = (chosen * gates.t().unsqueeze(-1)).unsqueeze(3) * place.unsqueeze(2)  # [K, N, E, C]
-        combine = weight.sum(0)
-        batches = combine.bool().permute(1, 2, 0).to(x.dtype) @ x
-        out = torch.bmm(F.gelu(torch.bmm(batches, c_fc)), c_proj)
-        return combine.view(N, -1) @ out.view(-1, x.shape[-1])
+def one_hot_moe(x: Tensor, experts: Tensor, gates: Tensor, c_fc: Tensor, c_proj: Tensor, capacity: int) -> Tensor:
+    """The mixture [N, D] by [N, E, capacity] one-hot tensors, as nanoMoE dispatches; batched, to be timed."""
+    chosen = F.one_hot(experts.t(), len(c_fc))  # [K, N, E]
+    K, N, E = chosen.shape
+    rank = (chosen.reshape(K * N, E).cumsum(0) - 1).view(K, N, E)
+    chosen = chosen * (rank < capacity)
+    place = F.one_hot((rank * chosen).sum(-1), capacity)  # [K, N, C]
+    weight = chosen * gates.t().unsqueeze(-1)
+    combine = (weight.unsqueeze(3) * place.unsqueeze(2)).sum(0)  # [N, E, C]
+    batches = combine.bool().permute(1, 2, 0).to(x.dtype) @ x
+    out = torch.bmm(F.gelu(torch.bmm(batches, c_fc)), c_proj)
+    return combine.view(N, -1) @ out.view(-1, x.shape[-1])

@@ -1,9 +1,9 @@
 """Tokens to experts and back: against a loop over tokens, in order, in capacity and bit for bit."""
 
 import pytest
+import reference
 import torch
 
-import reference
 from chronomoe.dispatch import from_experts, kept_counts, kept_gates, plan_dispatch, to_experts
 from model import GPTConfig, MOELayer
 
@@ -83,13 +83,13 @@ def test_experts_without_tokens_get_no_gradient_and_change_nothing():
 @pytest.mark.parametrize("capacity", [None, 0.6])
 def test_grouped_path_agrees_with_the_loop_within_bfloat16(bias, capacity):
     results = []
+    weights = torch.rand(2, 128)
     for grouped in (False, True):
         moe = layer(torch.float32, n_embd=32, bias=bias, train_capacity=capacity, min_capacity=1)
         moe.experts.use_grouped_mm = grouped
         x = torch.randn(2, 32, 32, generator=torch.Generator().manual_seed(3)).requires_grad_()
         plan = plan_dispatch(torch.randint(5, (64, 2), generator=torch.Generator().manual_seed(4)), 5, moe.capacity(64))
         gates = kept_gates(torch.rand(64, 2, generator=torch.Generator().manual_seed(5)), plan)
-        weights = torch.stack([torch.rand(128), torch.rand(128)]) if not results else weights
         rows, sums = moe.experts(to_experts(x.flatten(0, 1), plan), plan, weights)
         y = from_experts(rows, gates, plan)
         y.float().square().sum().backward()
@@ -126,9 +126,12 @@ def test_memory_of_a_forward_does_not_grow_with_experts_times_tokens():
     assert max(sizes) <= max(2 * N * 32, 2 * N * 4 * 32, moe.experts.c_fc.numel())
 
 
-def test_one_hot_dispatch_of_the_benchmark_computes_the_same():
-    moe = layer(torch.float32, bias=False)
+@pytest.mark.parametrize("factor", [None, 0.8])
+def test_one_hot_dispatch_of_the_benchmark_computes_the_same(factor):
+    moe = layer(torch.float32, bias=False, train_capacity=factor)
     x = torch.randn(30, 16)
     routing = moe.router(x)
-    theirs = reference.OneHotMoE(5)(x, routing.experts, routing.gates, moe.experts.c_fc, moe.experts.c_proj)
+    experts = moe.experts
+    slots = moe.capacity(30) or 30
+    theirs = reference.one_hot_moe(x, routing.experts, routing.gates, experts.c_fc, experts.c_proj, slots)
     torch.testing.assert_close(moe(x.unsqueeze(0), None, False)[0][0], theirs)

@@ -105,7 +105,10 @@ def test_ten_steps_follow_nanomoe(name):
     initial = weights(recorded, "initial.")
     initial["transformer.wte.weight"] = initial["lm_head.weight"]
     model = build(recorded["config"], initial)
-    close(model(torch.from_numpy(recorded["idx"])[0], torch.from_numpy(recorded["targets"])[0])[0], recorded["step0_logits"])
+    close(
+        model(torch.from_numpy(recorded["idx"])[0], torch.from_numpy(recorded["targets"])[0])[0],
+        recorded["step0_logits"],
+    )
 
     o = recorded["optimizer"]
     optimizer = model.configure_optimizers(o["weight_decay"], o["learning_rate"], tuple(o["betas"]), "cpu")

@@ -1,13 +1,13 @@
-"""What must always hold: forward is pure, watching changes nothing, only differences of beta route, routing is causal."""
+"""Forward is pure, watching changes nothing, only differences of beta route, routing is causal."""
 
 import functools
 
 import pytest
 import torch
+from common import adamw, build, chrono, draw_beta, loop_state, tokens, train_step
 from torch.utils.checkpoint import checkpoint
 
 from chronomoe import ChronoConfig, RouterBias
-from common import adamw, build, chrono, draw_beta, loop_state, tokens, train_step
 from model import MOELayer
 
 

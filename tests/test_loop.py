@@ -1,13 +1,22 @@
 """The loop's state: clocks, beta, bridge, lifecycle; step by step against plain Python."""
 
+import itertools
 import math
 
 import pytest
 import torch
-
-from chronomoe import ChronoConfig, ChronoLoop, CoherenceBuffer, LifecycleCoordinator, MoETrace, RouterState, update_beta
-from chronomoe.beta import derangement
 from common import adamw, build, chrono, draw_beta, loop_state, tokens, train_step
+
+from chronomoe import (
+    ChronoConfig,
+    ChronoLoop,
+    CoherenceBuffer,
+    LifecycleCoordinator,
+    MoETrace,
+    RouterState,
+    update_beta,
+)
+from chronomoe.beta import derangement
 
 YES = torch.tensor(True)
 
@@ -154,7 +163,7 @@ def test_full_strength_disagreement_does_not_alternate():
         loop.step(model(*tokens(0), return_trace=True)[2])
         relevances.append(model.router_state.relevance.clone())
     # from the second step on (the first reads a logit_std not observed yet) the same batch gives the same r
-    for earlier, later in zip(relevances[1:], relevances[2:]):
+    for earlier, later in itertools.pairwise(relevances[1:]):
         torch.testing.assert_close(earlier, later, rtol=0, atol=0.15)
     assert torch.stack(relevances).min() < 1
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from common import chrono
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from common import chrono
 from chronomoe import ChronoLoop
 from model import GPT, GPTConfig, MLPExperts
 

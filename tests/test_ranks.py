@@ -2,9 +2,8 @@
 
 import torch
 import torch.multiprocessing as mp
-from torch.nn.parallel import DistributedDataParallel
-
 from common import adamw, build, chrono, draw_beta, loop_state, tokens, train_step
+from torch.nn.parallel import DistributedDataParallel
 
 STEPS = 5
 CONFIG = dict(eta=0.1, k_max=2.0, bridge_threshold=2e-4, prune_phi=0.9, prune_min_tokens=10, prune_min_updates=1)
@@ -34,7 +33,7 @@ def train_rank(rank, folder, disturb):
     model, loop = start()
     if disturb and rank == 1:
         model.router_state.beta_coeff[0, 0] += 1e-6
-    # broadcast_buffers=False: DDP would otherwise copy rank 0's beta over the others', and hide what this test looks for
+    # otherwise DDP copies rank 0's beta over the others', and hides what this test looks for
     wrapped = DistributedDataParallel(model, broadcast_buffers=False)
     optimizer = adamw(model)
     for step in range(STEPS):

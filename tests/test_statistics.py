@@ -3,9 +3,10 @@
 import math
 
 import pytest
-import torch
-
 import reference
+import torch
+from common import build, chrono, draw_beta, tokens
+
 from chronomoe import (
     ChronoConfig,
     ChronoRouter,
@@ -15,7 +16,6 @@ from chronomoe import (
     compute_relevance,
 )
 from chronomoe.bridge import bias_needed, reach
-from common import build, chrono, draw_beta, tokens
 from model import MOELayer
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from common import train_step
 
 import train
 from chronomoe import ChronoConfig, ChronoLoop
 from chronomoe.coherence import coherence
-from common import train_step
 from model import GPT, GPTConfig
 from trainer import data as trainer_data
 
@@ -30,7 +30,9 @@ def load(out, chrono, fresh=True):
     """The trained model of a run, with other settings of the loop and, if `fresh`, the loop's state as new."""
     saved = torch.load(out / "ckpt.pt", weights_only=True)
     model = GPT(GPTConfig(**saved["model_args"], chrono=chrono))
-    model.load_state_dict({k: v for k, v in saved["model"].items() if not fresh or "router_state" not in k}, strict=False)
+    model.load_state_dict(
+        {k: v for k, v in saved["model"].items() if not fresh or "router_state" not in k}, strict=False
+    )
     loop = ChronoLoop(model.router_state, model.config.moe_blocks)
     if not fresh:
         loop.load_state_dict(saved["chrono"])
@@ -63,7 +65,9 @@ def stress_run(tmp_path_factory, corpus):
 
 def by_expert(lines, metric, L=(0, 2)):
     """Values [steps, layers, experts] of the lines that have them; None becomes nan."""
-    rows = [[[line[f"expert/L{layer}_E{e}/{metric}"] for e in range(8)] for layer in L] for line in lines if "lr" in line]
+    rows = [
+        [[line[f"expert/L{layer}_E{e}/{metric}"] for e in range(8)] for layer in L] for line in lines if "lr" in line
+    ]
     return np.array(rows, dtype=float)
 
 
@@ -147,7 +151,7 @@ def test_the_closed_loop_is_stable(slice_run, stress_run):
 
 
 def frozen_noise(model, block, expert, size, seed=0):
-    """Replace an expert's weights by noise of `size` times their standard deviation; returns a function that restores it."""
+    """Replace an expert's weights by noise of `size` times their standard deviation; returns what does so again."""
     experts, generator = model.transformer.h[block].mlp.experts, torch.Generator().manual_seed(seed)
     weights = (experts.c_fc, experts.c_proj)
     noise = [size * w[expert].std() * torch.randn(w[expert].shape, generator=generator) for w in weights]
@@ -227,7 +231,9 @@ def test_loud_noise_fools_the_mixture_and_not_leave_one_out(slice_run, corpus):
 
 
 def test_a_missing_stdlib_corpus_is_prepared_on_the_way(tmp_path, monkeypatch, capsys):
-    shutil.copytree(ROOT / "data" / "stdlib", tmp_path / "stdlib", ignore=lambda *_: ["train.bin", "val.bin", "meta.json"])
+    shutil.copytree(
+        ROOT / "data" / "stdlib", tmp_path / "stdlib", ignore=lambda *_: ["train.bin", "val.bin", "meta.json"]
+    )
     monkeypatch.setattr(trainer_data, "DATA", tmp_path)
     data = trainer_data.open_dataset("stdlib", 128)
     assert data.vocab_size == 257 and len(data.tokens["train"]) > 1_000_000

@@ -15,7 +15,7 @@ NAME = "ckpt.pt"
 
 
 def save(out_dir: Path, checkpoint: dict[str, Any]) -> None:
-    """Write out_dir/ckpt.pt; an older one stays until the new one is whole. Raises UserError if it cannot be written."""
+    """Write out_dir/ckpt.pt; an older one stays until the new one is whole. Raises UserError if it cannot."""
     try:
         with whole_file(out_dir / NAME) as f:
             torch.save(checkpoint, f)

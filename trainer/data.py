@@ -1,7 +1,7 @@
 """Token files and the batches cut from them.
 
-A batch is a function of (seed, split, step, micro-batch index): no generator holds state, so a run can be resumed or spread
-over ranks without remembering where its data stood.
+A batch is a function of (seed, split, step, micro-batch index): no generator holds state, so a run can be resumed or
+spread over ranks without remembering where its data stood.
 """
 
 from __future__ import annotations

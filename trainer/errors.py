@@ -15,4 +15,6 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         status = 2
+    except KeyboardInterrupt:
+        status = 130
     raise SystemExit(status or 0)

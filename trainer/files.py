@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file open for writing that takes path's place when the block ends, flushed to disk, and only if it ends well."""
+    """A file, open for writing that takes path's place when the block ends, and only if it ends well."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with partial.open("wb") as f:

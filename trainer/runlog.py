@@ -152,7 +152,11 @@ def surroundings(data_meta: dict[str, Any]) -> dict[str, Any]:
     here = Path(__file__).parent
     try:
         git = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, capture_output=True, text=True, check=True
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
         )
         commit = git.stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -1,6 +1,7 @@
 """Every setting of a run: its type, default, range and meaning, in one place.
 
-Keys are nanoMoE's, flat, in config files and as --key=value; the loop's keys are ChronoConfig's with the prefix `chrono_`.
+Keys are nanoMoE's, flat, in config files and as --key=value; the loop's keys are ChronoConfig's, with the prefix
+`chrono_`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ class Settings:
 
     # Run
     out_dir: str = option("out", "folder that the run writes into")
-    init_from: str = option("scratch", "'scratch', or 'resume' to continue the run in out_dir", choices=("scratch", "resume"))
+    init_from: str = option(
+        "scratch", "'scratch', or 'resume' to continue the run in out_dir", choices=("scratch", "resume")
+    )
     seed: int = option(1337, "of initial weights, data order, dropout and router noise", least=0)
     eval_interval: int = option(2000, "steps between evaluations", least=1)
     eval_iters: int = option(200, "validation batches an evaluation, the same ones each time", least=1)

@@ -2,9 +2,9 @@
 
     python data/stdlib/prepare.py
 
-Writes train.bin and val.bin (uint16, one token a byte, <|endoftext|> before each file) and meta.json beside itself. Tests and
-site-packages are left out; a file goes to val by the hash of its name. Another Python version gives another corpus:
-meta.json has its version and the files' sha256.
+Writes train.bin and val.bin (uint16, one token a byte, <|endoftext|> before each file) and meta.json beside itself.
+Tests and site-packages are left out; a file goes to val by the hash of its name. Another Python version gives another
+corpus: meta.json has its version and the files' sha256.
 """
 
 from __future__ import annotations

@@ -1,0 +1,134 @@
+"""What a training step costs with the loop on and off, and a MoE layer against a dense MLP of the same multiplications.
+
+    python bench.py                      the vertical slice's shape, on CUDA if there is one
+    python bench.py --repeats=50 --device=cpu
+
+Competitors are timed in turn within one run, so that a machine whose speed drifts slows them alike; medians are
+printed, with the ratio's spread over the middle half of the turns. On CUDA the experts run in bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from chronomoe import ChronoConfig, ChronoLoop
+from model import GPT, MLP, GPTConfig, MOELayer
+from trainer.errors import run
+from trainer.settings import read_config_file
+
+sys.path.insert(0, str(Path(__file__).parent / "tests"))
+
+from reference import one_hot_moe
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=30)
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{machine}; torch {torch.__version__}; {options.repeats} turns")
+
+    print("\nwhole step of config/vertical_slice.py (forward, backward, clipping, AdamW, loop)")
+    on, off = slice_step(device, steps_on=True), slice_step(device, steps_on=False)
+    compare({"all steps off": off, "all steps on": on}, options.repeats, device)
+
+    print("\nMoE layer, forward and backward, N=4096 tokens, E=8, K=2")
+    for width in (128, 384):
+        print(f"D={width}")
+        compare(layers(device, width, num_tokens=4096), max(options.repeats // 3, 5), device)
+    return 0
+
+
+def compare(competitors: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> None:
+    """Time the competitors in turn and print each one's median, and its ratio to the first."""
+    times: dict[str, list[float]] = {name: [] for name in competitors}
+    for turn in range(repeats + 2):
+        for name, work in competitors.items():
+            start = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if turn >= 2:  # the first two turns warm up
+                times[name].append((time.perf_counter() - start) * 1000)
+    first = next(iter(times.values()))
+    for name, ms in times.items():
+        ratios = [a / b for a, b in zip(ms, first)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        print(f"  {name:24} {statistics.median(ms):9.2f} ms   {middle:6.3f} ({low:.3f} to {high:.3f})")
+
+
+def autocast(device: torch.device):
+    return torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
+def slice_step(device: torch.device, steps_on: bool) -> Callable[[], object]:
+    """One training step at the slice's shape, on a fixed batch of random tokens."""
+    keys = read_config_file(str(Path(__file__).parent / "config" / "vertical_slice.py"))
+    names = set(GPTConfig.__dataclass_fields__)
+    steps = dict(router=True, coherence=True, beta=True, bridge=True, lifecycle=True) if steps_on else {}
+    shape = {key: value for key, value in keys.items() if key in names}
+    config = GPTConfig(vocab_size=257, bias=False, chrono=ChronoConfig(**steps), **shape)
+    model = GPT(config, torch.Generator().manual_seed(0)).to(device)
+    loop = ChronoLoop(model.router_state, config.moe_blocks)
+    optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.99), device.type)
+    ids = torch.randint(257, (keys["batch_size"], config.block_size + 1), generator=torch.Generator().manual_seed(1))
+    ids = ids.to(device)
+    idx, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+    def step() -> None:
+        with autocast(device):
+            _, loss, trace = model(idx, targets, return_trace=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.found_inf = found_inf = (~norm.isfinite()).float()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loop.step(trace, found_inf)
+
+    return step
+
+
+def layers(device: torch.device, width: int, num_tokens: int) -> dict[str, Callable[[], object]]:
+    """A dense MLP of the same multiplications (on K times the tokens), our layer, and nanoMoE's one-hot dispatch."""
+    config = GPTConfig(n_embd=width, n_head=1, n_exp=8, top_k=2, bias=False)
+    torch.manual_seed(0)
+    dense, moe = MLP(config).to(device), MOELayer(config).to(device)
+    with torch.no_grad():
+        for p in (*dense.parameters(), *moe.parameters()):
+            p.normal_(std=0.02)
+    capacity = MOELayer(replace(config, train_capacity=1.25)).capacity(num_tokens)  # nanoMoE's default
+    x = torch.randn(1, num_tokens, width, device=device, requires_grad=True)
+    twice = torch.randn(1, config.top_k * num_tokens, width, device=device, requires_grad=True)
+
+    def through(forward: Callable[[], torch.Tensor]) -> Callable[[], None]:
+        def work() -> None:
+            with autocast(device):
+                y = forward()
+            y.backward(torch.ones_like(y))
+
+        return work
+
+    def by_one_hot() -> torch.Tensor:
+        routing = moe.router(x[0])
+        return one_hot_moe(x[0], routing.experts, routing.gates, moe.experts.c_fc, moe.experts.c_proj, capacity)
+
+    return {
+        "dense MLP": through(lambda: dense(twice)),
+        "MoE layer": through(lambda: moe(x, None, False)[0]),
+        "one-hot, capacity 1.25": through(by_one_hot),
+    }
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,104 @@
+"""What only a GPU can show: `pytest -m cuda`. The slice's shape in bfloat16, experts through grouped_mm."""
+
+import json
+
+import pytest
+import torch
+from common import chrono
+
+import train
+from chronomoe import ChronoLoop
+from model import GPT, GPTConfig, MLPExperts
+
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+
+
+def slice_model(**changes):
+    config = GPTConfig(
+        block_size=128, vocab_size=257, n_layer=4, n_head=4, n_embd=128, bias=False, n_exp=8, use_aux_loss=True,
+        use_router_z_loss=True, use_switch_tfm_init=True, router_use_full_prec=True, chrono=chrono(**changes),
+    )  # fmt: skip
+    model = GPT(config, torch.Generator().manual_seed(0)).cuda()
+    return model, ChronoLoop(model.router_state, config.moe_blocks)
+
+
+def batches(steps, seed=0):
+    ids = torch.randint(257, (steps, 16, 129), generator=torch.Generator().manual_seed(seed)).cuda()
+    return [(x[:, :-1].contiguous(), x[:, 1:].contiguous()) for x in ids]
+
+
+def step(model, loop, optimizer, x, y):
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        _, loss, trace = model(x, y, return_trace=True)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.found_inf = found_inf = (~norm.isfinite()).float()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    loop.step(trace, found_inf)
+    return loss.detach()
+
+
+def run(steps=20):
+    model, loop = slice_model(eta=0.05, bridge_threshold=0.01)
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cuda")
+    losses = [step(model, loop, optimizer, x, y) for x, y in batches(steps)]
+    return torch.stack(losses), {**model.state_dict(), **loop.state_dict()["coherence"]}
+
+
+def test_a_step_does_not_wait_for_the_device():
+    model, loop = slice_model()
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cuda")
+    data = batches(6)
+    for x, y in data[:3]:
+        step(model, loop, optimizer, x, y)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for x, y in data[3:]:
+            step(model, loop, optimizer, x, y)
+        with pytest.raises(RuntimeError):
+            loop.read()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert loop.coherence.step == 6
+
+
+def test_two_runs_are_bit_equal():
+    (losses, state), (again, state_again) = run(), run()
+    assert torch.equal(losses, again)
+    for name, value in state.items():
+        assert torch.equal(value, state_again[name]), name
+
+
+def test_grouped_experts_agree_with_the_loop_over_slices():
+    outputs = []
+    x, y = batches(1)[0]
+    for grouped in (True, False):
+        model, _ = slice_model()
+        for module in model.modules():
+            if isinstance(module, MLPExperts):
+                module.use_grouped_mm = grouped
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            _, loss, trace = model(x, y, return_trace=True)
+        loss.backward()
+        outputs.append((loss.detach(), trace.gated_output, model.transformer.h[0].mlp.experts.c_fc.grad))
+    for a, b in zip(*outputs):
+        assert (a - b).norm() < 0.02 * b.norm()
+
+
+def test_bfloat16_takes_the_grouped_path_by_itself():
+    model, _ = slice_model()
+    experts = model.transformer.h[0].mlp.experts
+    rows = torch.randn(8, 128, device="cuda")
+    assert not experts._grouped(rows)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        assert experts._grouped(rows)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_the_slice_trains(tmp_path, dtype):
+    arguments = ["config/vertical_slice.py", "--device=cuda", f"--dtype={dtype}", "--max_iters=60", "--wandb_log=False"]
+    assert train.main([*arguments, f"--out_dir={tmp_path}", "--eval_iters=4"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["val/loss"] < 3.2 < lines[0]["val/loss"]
+    assert lines[-1]["coherence/L0/phi_slow_max"] > 0
