@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from trainer.signals import caught_signals
 
 # Of a checkpoint's model_args what fixes its weights and its routing; the rest comes from the settings.
 KEPT_ON_RESUME = (
-    *("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "n_exp", "stride", "use_noisy_top_k"),
+    *("n_layer", "n_head", "n_embd", "block_size", "bias", "n_exp", "stride", "use_noisy_top_k"),
     *("top_k", "train_capacity", "eval_capacity", "min_capacity"),
 )
 
@@ -46,10 +47,12 @@ def main(arguments: list[str]) -> int:
 
 def train(s: Settings, caught: list[int]) -> None:
     """Run the training that the settings describe, until its end or until a signal is in `caught`."""
-    device = pick_device(s.device)
+    device = pick_device(s)
     autocast = pick_precision(s, device)
-    data = open_dataset(s.dataset, s.block_size)
     saved = checkpoints.load(Path(s.out_dir), device) if s.init_from == "resume" else None
+    if saved is not None:
+        s = replace(s, **{key: value for key, value in saved["model_args"].items() if key in KEPT_ON_RESUME})
+    data = open_dataset(s.dataset, s.block_size)
     model, optimizer, loop = build(s, data, device, saved)
     scaler = torch.amp.GradScaler(device.type, enabled=s.dtype == "float16")
     step, best_val_loss, wandb_id = 0, math.inf, None
@@ -91,6 +94,7 @@ def train(s: Settings, caught: list[int]) -> None:
         log.say(line)
 
     def save(step: int) -> None:
+        log.decide(loop.report())  # what is saved as reported is in the file
         state = {
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
@@ -109,7 +113,9 @@ def train(s: Settings, caught: list[int]) -> None:
         """Evaluate, and save if it is time to."""
         nonlocal best_val_loss
         val_loss = evaluate()
-        better, best_val_loss = val_loss < best_val_loss, min(val_loss, best_val_loss)
+        better = val_loss < best_val_loss
+        if better:  # not min(): a loss may be no number
+            best_val_loss = val_loss
         if step > 0 and (better or s.always_save_checkpoint):
             save(step)
         return {"val/loss": val_loss}
@@ -161,15 +167,13 @@ def train(s: Settings, caught: list[int]) -> None:
 
 def build(s: Settings, data: TokenData, device: torch.device, saved: dict | None) -> tuple:
     """(model, optimizer, loop) on `device`, new from the seed or as saved. Raises UserError if they do not fit."""
-    args = s.model_args(data.vocab_size)
-    if saved is not None:
-        args |= {key: value for key, value in saved["model_args"].items() if key in KEPT_ON_RESUME}
-        if args["vocab_size"] < data.vocab_size:
-            raise UserError(
-                f"the checkpoint knows {args['vocab_size']} tokens, the dataset {s.dataset} has {data.vocab_size}: "
-                "resume with the dataset that it was trained on"
-            )
-    model = GPT(GPTConfig(**args), torch.Generator().manual_seed(s.seed)).to(device)
+    vocab_size = saved["model_args"]["vocab_size"] if saved else data.vocab_size
+    if vocab_size < data.vocab_size:
+        raise UserError(
+            f"the checkpoint knows {vocab_size} tokens, the dataset {s.dataset} has {data.vocab_size}: "
+            "resume with the dataset that it was trained on"
+        )
+    model = GPT(GPTConfig(**s.model_args(vocab_size)), torch.Generator().manual_seed(s.seed)).to(device)
     loop = ChronoLoop(model.router_state, model.config.moe_blocks, seed=s.seed)
     optimizer = model.configure_optimizers(s.weight_decay, s.learning_rate, (s.beta1, s.beta2), device.type)
     if saved is None:
@@ -194,15 +198,15 @@ def model_args(config: GPTConfig) -> dict:
     return {name: value for name, value in vars(config).items() if name != "chrono"}
 
 
-def pick_device(name: str) -> torch.device:
-    """The device by its name, 'auto' for CUDA if there is one. Raises UserError if it is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+def pick_device(s: Settings) -> torch.device:
+    """Resolve s.device, 'auto' for CUDA if there is one. Raises UserError if it is not there."""
+    if s.device == "auto":
+        s.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
+        device = torch.device(s.device)
+        torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError):
-        raise UserError(f"device={name!r} is not there; use --device=cpu, or --device=auto to take what is") from None
+        raise UserError(f"device={s.device!r} cannot train here; use --device=cpu, or auto for what there is") from None
     return device
 
 

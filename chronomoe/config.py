@@ -88,7 +88,7 @@ class ChronoConfig:
 
     bridge_signal: str = option("js", "disagreement that the bridge reads", choices=("js", "overlap"))
     bridge_threshold: float = option(
-        0.2, "disagreement up to which beta acts in full; at three times this it is off", above=0
+        0.2, "disagreement up to which beta acts in full, off at three times it ('overlap': 0.1 unless set)", above=0
     )
     bridge_scope: str = option(
         "batch",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ def load(out_dir: Path, device: torch.device) -> dict[str, Any]:
         raise UserError(f"there is no {path} to resume from; start the run with --init_from=scratch") from None
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError):
+    except Exception:  # damaged bytes raise nearly anything
         raise UserError(f"{path} is damaged or no checkpoint of this program") from None
     missing = {"model", "optimizer", "model_args", "iter_num"} - set(checkpoint if isinstance(checkpoint, dict) else ())
     if missing:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.errors import UserError
+from trainer.errors import UserError, first_line
 
 DATA = Path(__file__).parent.parent / "data"
 SPLITS = ("train", "val")
@@ -98,8 +98,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
                 meta = _PlainUnpickler(f).load()
         else:
             return {}
-    except (OSError, ValueError, EOFError, pickle.UnpicklingError) as e:
-        raise UserError(f"{path} cannot be read ({e}); prepare the dataset again") from None
+    except Exception as e:  # a damaged pickle raises nearly anything
+        raise UserError(f"{path} cannot be read ({first_line(e)}); prepare the dataset again") from None
     size = meta.get("vocab_size") if isinstance(meta, dict) else None
     if not isinstance(size, int) or not 0 < size <= 65536:
         raise UserError(f"{path} must hold a vocab_size between 1 and 65536, not {size!r}")

@@ -8,6 +8,11 @@ class UserError(Exception):
     """The message says what was wrong, where, and what would be right."""
 
 
+def first_line(e: BaseException) -> str:
+    """The first line of an exception's message."""
+    return (str(e).splitlines() or [""])[0]
+
+
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Call a script's main with the command line's arguments and exit with its status, 2 for a UserError."""
     try:

@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from chronomoe import PruneDecision
+from trainer import checkpoint
 from trainer.errors import UserError
 from trainer.files import whole_file
 from trainer.settings import Settings
@@ -41,7 +42,7 @@ class RunLog:
         self.wandb: WandbRun | None = None
         try:
             self.out_dir.mkdir(parents=True, exist_ok=True)
-            if settings.init_from == "scratch" and (self.out_dir / "metrics.jsonl").exists():
+            if settings.init_from == "scratch" and _holds_a_run(self.out_dir):
                 raise UserError(
                     f"{self.out_dir} holds a run already; continue it with --init_from=resume, "
                     "give another --out_dir, or remove it"
@@ -171,18 +172,23 @@ def surroundings(data_meta: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _holds_a_run(out_dir: Path) -> bool:
+    metrics = out_dir / "metrics.jsonl"
+    return (metrics.exists() and metrics.stat().st_size > 0) or (out_dir / checkpoint.NAME).exists()
+
+
 def _append_from(path: Path, start: int):
     """path open for appending, cut to the lines of steps up to `start`."""
-    kept = b""
+    kept = []
     if path.exists():
         for line in path.read_bytes().splitlines(keepends=True):
             try:
                 if line.endswith(b"\n") and json.loads(line)["step"] <= start:
-                    kept += line
+                    kept.append(line)
             except (ValueError, KeyError, TypeError):
                 continue  # a line cut short by a kill
     with whole_file(path) as f:
-        f.write(kept)
+        f.writelines(kept)
     return path.open("a", encoding="utf-8")
 
 

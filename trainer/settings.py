@@ -18,9 +18,11 @@ from typing import Any
 
 from chronomoe.config import ChronoConfig, missing_steps, option
 from model import GPTConfig
-from trainer.errors import UserError
+from trainer.errors import UserError, first_line
 
 PREFIX = "chrono_"
+OVERLAP_THRESHOLD = 0.1  # chrono_bridge_threshold's default where the bridge reads the overlap
+LARGEST = {int: 2**63, float: 1e300}  # no seed, count or rate is beyond; nan is not below it either
 USAGE = "usage: python train.py [config/FILE.py ...] [--key=value ...] [--help]"
 
 
@@ -135,12 +137,14 @@ class Key:
         if value is None and types.NoneType in allowed:
             return None
         kind = next(t for t in allowed if t is not types.NoneType)
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        is_number = (
+            isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST.get(kind, 0)
+        )
         if kind is float and is_number:
             value = float(value)
         elif kind is int and is_number and value == int(value):
             value = int(value)
-        elif not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+        elif kind in (int, float) or not isinstance(value, kind):
             raise UserError(f"{where}: {self.name}={value!r} must be {self.expected()}")
         m = self.metadata
         if (
@@ -149,7 +153,6 @@ class Key:
             or (m["above"] is not None and not value > m["above"])
             or (m["most"] is not None and not value <= m["most"])
             or (m["below"] is not None and not value < m["below"])
-            or (kind is float and abs(value) == float("inf"))
         ):
             near = difflib.get_close_matches(str(value), m["choices"] or (), n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -215,6 +218,8 @@ def from_values(values: dict[str, Any]) -> Settings:
     # checked here, so that the message has the keys that users write
     for step, needed in missing_steps(types.SimpleNamespace(**(_defaults(ChronoConfig) | steps))):
         raise UserError(f"{PREFIX}{step}=True needs {PREFIX}{needed}=True")
+    if steps.get("bridge_signal") == "overlap":
+        steps = {"bridge_threshold": OVERLAP_THRESHOLD} | steps
     settings = Settings(**rest, chrono=ChronoConfig(**steps))
     if settings.chrono.any_step and settings.n_exp == 1:
         raise UserError(f"{PREFIX}{settings.steps_on()[0]}=True needs experts to route between: set n_exp above 1")
@@ -236,10 +241,10 @@ def read_config_file(path: str) -> dict[str, Any]:
     try:
         exec(compile(source, path, "exec"), namespace)
     except SyntaxError as e:
-        raise UserError(f"{path}, line {e.lineno}: {e.msg}") from None
+        raise UserError(f"{e.filename}, line {e.lineno}: {e.msg}") from None
     except Exception as e:
         line = e.__traceback__.tb_next.tb_lineno if e.__traceback__ and e.__traceback__.tb_next else "?"
-        raise UserError(f"{path}, line {line}: {type(e).__name__}: {e}") from None
+        raise UserError(f"{path}, line {line}: {type(e).__name__}: {first_line(e)}") from None
     known = keys()
     ours = (bool, int, float, str, type(None))
     values = {}
@@ -257,7 +262,7 @@ def parse_value(key: Key, text: str) -> Any:
         return text
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
 
 

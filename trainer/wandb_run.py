@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from trainer.errors import first_line
+
 REACH_TIMEOUT = 3.0  # seconds
 
 
@@ -34,7 +36,7 @@ class WandbRun:
             except Exception as e:
                 if mode == "offline":
                     raise
-                mode, why = "offline", f"{type(e).__name__}: {_first_line(e)}"
+                mode, why = "offline", f"{type(e).__name__}: {first_line(e)}"
                 self.run = wandb.init(mode=mode, dir=out_dir, settings=settings, **identity)
             self.run.define_metric("*", step_metric="step")
         except Exception as e:
@@ -63,7 +65,7 @@ class WandbRun:
 
     def _fail(self, doing: str, e: Exception) -> None:
         self.run = None
-        self.say(f"W&B: could not {doing} ({type(e).__name__}: {_first_line(e)}); training goes on without it")
+        self.say(f"W&B: could not {doing} ({type(e).__name__}: {first_line(e)}); training goes on without it")
 
 
 def _mode(wandb: Any) -> tuple[str, str]:
@@ -87,7 +89,3 @@ def _mode(wandb: Any) -> tuple[str, str]:
     except requests.RequestException:
         return "offline", f"{url} cannot be reached"
     return "online", ""
-
-
-def _first_line(e: Exception) -> str:
-    return (str(e).splitlines() or [""])[0]

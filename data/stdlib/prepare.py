@@ -48,8 +48,7 @@ def prepare(out: Path, root: Path | None = None) -> None:
     encoding = byte_encoding()
     end_of_text = np.array([encoding.encode_single_token(END_OF_TEXT)], dtype=np.uint16)
     pieces: dict[str, list[np.ndarray]] = {"train": [], "val": []}
-    files = source_files(root)
-    for path in files:
+    for path in source_files(root):
         try:
             text = (root / path).read_bytes().decode("utf-8")
         except (OSError, UnicodeDecodeError):
@@ -63,7 +62,7 @@ def prepare(out: Path, root: Path | None = None) -> None:
     meta = {
         "dataset": "stdlib",
         "source": f"Python {sys.version.split()[0]} standard library",
-        "files": len(files),
+        "files": sum(len(found) for found in pieces.values()) // 2,
         "tokenizer": BYTE_TOKENIZER,
         "vocab_size": encoding.n_vocab,
         "dtype": "uint16",
