@@ -304,7 +304,8 @@ def farewell(s: Settings, step: int, best_val_loss: float, stopped: bool) -> lis
     lines = [
         f"{'stopped' if stopped else 'done'} at step {step}, best validation loss {best_val_loss:.4f} nats per token"
     ]
-    lines.append(f"the run is in {out}: config.json, metrics.jsonl, decisions.jsonl, {checkpoints.NAME}")
+    names = ["config.json", "metrics.jsonl", "decisions.jsonl", checkpoints.NAME]
+    lines.append(f"the run is in {out}: {', '.join(name for name in names if (out / name).exists())}")
     if stopped:
         lines.append("to go on: repeat the command with --init_from=resume")
     return lines

@@ -7,6 +7,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Bits depend on the number of threads, and two threads wait for each other long where a core is taken."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """Fresh but repeatable random inputs."""

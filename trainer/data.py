@@ -43,7 +43,9 @@ class TokenData:
             size = path.stat().st_size
             tokens = np.memmap(path, dtype=np.uint16, mode="r") if size > 1 and size % 2 == 0 else None
         except OSError as e:
-            raise UserError(f"cannot read {path}: {e.strerror}; run {self.folder / 'prepare.py'} first") from None
+            prepare = self.folder / "prepare.py"
+            hint = f"run {prepare} first" if prepare.exists() else "a dataset is train.bin and val.bin"
+            raise UserError(f"cannot read {path}: {e.strerror}; {hint}") from None
         if tokens is None:
             raise UserError(f"{path} holds {size} bytes, which is no file of 16-bit token ids; prepare it again")
         if len(tokens) <= self.block_size:
@@ -100,6 +102,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
             return {}
     except Exception as e:  # a damaged pickle raises nearly anything
         raise UserError(f"{path} cannot be read ({first_line(e)}); prepare the dataset again") from None
+    if isinstance(meta, dict) and meta.get("dtype", "uint16") != "uint16":
+        raise UserError(f"{path} says that token ids are {meta['dtype']}; only uint16 is read")
     size = meta.get("vocab_size") if isinstance(meta, dict) else None
     if not isinstance(size, int) or not 0 < size <= 65536:
         raise UserError(f"{path} must hold a vocab_size between 1 and 65536, not {size!r}")

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from chronomoe.config import ChronoConfig, missing_steps, option
 from model import GPTConfig
 from trainer.errors import UserError, first_line
@@ -233,7 +235,7 @@ def from_values(values: dict[str, Any]) -> Settings:
 def read_config_file(path: str) -> dict[str, Any]:
     """The keys that a config file sets. It is Python and is executed; names that start with _ are its own."""
     try:
-        source = Path(path).read_text(encoding="utf-8")
+        source = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
         reason = e.strerror if isinstance(e, OSError) else "not UTF-8 text"
         raise UserError(f"cannot read the config file {path}: {reason}{_nearest_config(path)}") from None
@@ -242,13 +244,14 @@ def read_config_file(path: str) -> dict[str, Any]:
         exec(compile(source, path, "exec"), namespace)
     except SyntaxError as e:
         raise UserError(f"{e.filename}, line {e.lineno}: {e.msg}") from None
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         line = e.__traceback__.tb_next.tb_lineno if e.__traceback__ and e.__traceback__.tb_next else "?"
         raise UserError(f"{path}, line {line}: {type(e).__name__}: {first_line(e)}") from None
     known = keys()
     ours = (bool, int, float, str, type(None))
     values = {}
     for name, value in namespace.items():
+        value = value.item() if isinstance(value, np.generic) else value
         if name.startswith("_") or (name not in known and not isinstance(value, ours)):
             continue  # imports, functions and the file's own names
         key = known.get(name) or unknown(name, path)

@@ -1,4 +1,4 @@
-"""Weights & Biases, as a guest: it never asks, never waits and never ends a training run."""
+"""Weights & Biases, as a guest: it never asks, never ends a training run, and holds up its start by seconds at most."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 
 from trainer.errors import first_line
 
-REACH_TIMEOUT = 3.0  # seconds
+REACH_TIMEOUT = 3.0  # seconds to reach the server
+START_TIMEOUT = 10.0  # seconds for a server that is reached to start the run
 
 
 class WandbRun:
@@ -30,7 +31,7 @@ class WandbRun:
             if mode == "disabled":
                 say(f"W&B: disabled ({why})")
                 return
-            settings = wandb.Settings(silent=True, console="off", init_timeout=30)
+            settings = wandb.Settings(silent=True, console="off", init_timeout=START_TIMEOUT)
             try:
                 self.run = wandb.init(mode=mode, dir=out_dir, resume="allow", settings=settings, **identity)
             except Exception as e:
