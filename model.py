@@ -69,7 +69,7 @@ class GPTConfig:
             raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
         if self.n_exp > 1 and not 1 <= self.top_k <= self.n_exp:
             raise ValueError(f"top_k={self.top_k} must be between 1 and n_exp={self.n_exp}")
-        if self.chrono.any_step and self.n_exp == 1:
+        if self.chrono.steps_on() and self.n_exp == 1:
             raise ValueError("the steps of the loop route between experts: they need n_exp > 1")
 
     @property

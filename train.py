@@ -265,7 +265,7 @@ def introduction(s: Settings, model: GPT, data: TokenData, device: torch.device)
     parameters = model.get_num_params(non_embedding=False)
     c = model.config
     experts = f"{c.n_exp} experts in blocks {c.moe_blocks}, {c.top_k} a token" if c.n_exp > 1 else "dense"
-    steps_on = ", ".join(s.steps_on()) or "all steps off"
+    steps_on = ", ".join(s.chrono.steps_on()) or "all steps off"
     lines = [
         f"data: {data.folder.name}, {train_tokens:,} train and {val_tokens:,} val tokens, vocabulary {c.vocab_size}",
         f"model: {parameters:,} parameters, {model.num_active_params():,} active per token; {experts}",

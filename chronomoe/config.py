@@ -27,6 +27,8 @@ def option(
     return field(default=default, metadata={"help": help, **limits})
 
 
+STEPS = ("router", "coherence", "beta", "bridge", "lifecycle")
+
 # Step -> the steps whose results it reads.
 NEEDS = {
     "beta": ("router", "coherence"),
@@ -109,6 +111,6 @@ class ChronoConfig:
         for step, needed in missing_steps(self):
             raise ValueError(f"{step}=True needs {needed}=True")
 
-    @property
-    def any_step(self) -> bool:
-        return self.router or self.coherence or self.beta or self.bridge or self.lifecycle
+    def steps_on(self) -> list[str]:
+        """The steps that are on, in order."""
+        return [step for step in STEPS if getattr(self, step)]

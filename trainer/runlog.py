@@ -144,7 +144,7 @@ def wandb_identity(settings: Settings) -> dict[str, Any]:
         "name": s.wandb_run_name or Path(s.out_dir).name,
         "group": f"{Path(s.dataset).name}-{shape}",
         "job_type": "beta_on" if s.chrono.beta else "beta_off",
-        "tags": [*s.steps_on(), f"signal:{s.chrono.signal}", f"seed:{s.seed}"],
+        "tags": [*s.chrono.steps_on(), f"signal:{s.chrono.signal}", f"seed:{s.seed}"],
     }
 
 

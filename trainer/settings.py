@@ -11,7 +11,6 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,23 +104,13 @@ class Settings:
 
     def flat(self) -> dict[str, Any]:
         """Every key and its value."""
-        return {key: getattr(*place) for key, place in self._places()}
-
-    def _places(self) -> Iterator[tuple[str, tuple[Any, str]]]:
-        for f in dataclasses.fields(self):
-            if f.name != "chrono":
-                yield f.name, (self, f.name)
-        for f in dataclasses.fields(self.chrono):
-            yield PREFIX + f.name, (self.chrono, f.name)
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "chrono"}
+        return own | {PREFIX + name: value for name, value in vars(self.chrono).items()}
 
     def model_args(self, vocab_size: int) -> dict[str, Any]:
         """GPTConfig's arguments."""
         names = [f.name for f in dataclasses.fields(GPTConfig) if hasattr(self, f.name)]
         return {name: getattr(self, name) for name in names} | {"vocab_size": vocab_size}
-
-    def steps_on(self) -> list[str]:
-        """The steps of the loop that are on, in order."""
-        return [s for s in ("router", "coherence", "beta", "bridge", "lifecycle") if getattr(self.chrono, s)]
 
 
 @dataclass(frozen=True)
@@ -133,12 +122,21 @@ class Key:
     type: Any
     metadata: typing.Mapping[str, Any]
 
+    @property
+    def optional(self) -> bool:
+        """None is a value of it."""
+        return isinstance(self.type, types.UnionType)
+
+    @property
+    def kind(self) -> type:
+        """bool, int, float or str."""
+        return typing.get_args(self.type)[0] if self.optional else self.type
+
     def check(self, value: Any, where: str) -> Any:
         """value in the key's type. Raises UserError if its type or range is wrong."""
-        allowed = typing.get_args(self.type) if isinstance(self.type, types.UnionType) else (self.type,)
-        if value is None and types.NoneType in allowed:
+        if value is None and self.optional:
             return None
-        kind = next(t for t in allowed if t is not types.NoneType)
+        kind = self.kind
         is_number = (
             isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST.get(kind, 0)
         )
@@ -166,12 +164,10 @@ class Key:
         m = self.metadata
         if m["choices"] is not None:
             return "one of " + ", ".join(repr(c) for c in m["choices"])
-        allowed = typing.get_args(self.type) if isinstance(self.type, types.UnionType) else (self.type,)
-        names = {bool: "True or False", int: "a whole number", float: "a number", str: "a string"}
-        words = names[next(t for t in allowed if t is not types.NoneType)]
+        words = {bool: "True or False", int: "a whole number", float: "a number", str: "a string"}[self.kind]
         bounds = [("least", "at least"), ("above", "above"), ("most", "at most"), ("below", "below")]
         limits = " and ".join(f"{word} {m[name]}" for name, word in bounds if m[name] is not None)
-        none = " or None" if types.NoneType in allowed else ""
+        none = " or None" if self.optional else ""
         return f"{words} {limits}".rstrip() + none
 
 
@@ -223,8 +219,10 @@ def from_values(values: dict[str, Any]) -> Settings:
     if steps.get("bridge_signal") == "overlap":
         steps = {"bridge_threshold": OVERLAP_THRESHOLD} | steps
     settings = Settings(**rest, chrono=ChronoConfig(**steps))
-    if settings.chrono.any_step and settings.n_exp == 1:
-        raise UserError(f"{PREFIX}{settings.steps_on()[0]}=True needs experts to route between: set n_exp above 1")
+    if settings.chrono.steps_on() and settings.n_exp == 1:
+        raise UserError(
+            f"{PREFIX}{settings.chrono.steps_on()[0]}=True needs experts to route between: set n_exp above 1"
+        )
     try:
         GPTConfig(**settings.model_args(vocab_size=1))
     except ValueError as e:
