@@ -173,7 +173,7 @@ def _grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Dispat
 
 @torch.no_grad()
 def _weighted_sum(weights: Tensor, y: Tensor) -> Tensor:
-    """weights [W, n] @ y [n, D] in float32: phi taken from bfloat16 sums is off by 2e-4."""
+    """weights [W, n] @ y [n, D] without autocast: phi taken from bfloat16 sums is off by 2e-4."""
     with torch.autocast(y.device.type, enabled=False):
         y = widened(y)
         return weights.to(y.dtype) @ y

@@ -9,9 +9,9 @@ python train.py --help
 from __future__ import annotations
 
 import math
+import os
 import time
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -47,11 +47,14 @@ def main(arguments: list[str]) -> int:
 
 def train(s: Settings, caught: list[int]) -> None:
     """Run the training that the settings describe, until its end or until a signal is in `caught`."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("train.py runs on one process: start it with python, not with torchrun")
     device = pick_device(s)
     autocast = pick_precision(s, device)
     saved = checkpoints.load(Path(s.out_dir), device) if s.init_from == "resume" else None
+    notes = []
     if saved is not None:
-        s = replace(s, **{key: value for key, value in saved["model_args"].items() if key in KEPT_ON_RESUME})
+        s, notes = settings_on_resume(s, saved)
     data = open_dataset(s.dataset, s.block_size)
     model, optimizer, loop = build(s, data, device, saved)
     scaler = torch.amp.GradScaler(device.type, enabled=s.dtype == "float16")
@@ -62,8 +65,10 @@ def train(s: Settings, caught: list[int]) -> None:
         wandb_id = saved.get("wandb_id")
         if "random" in saved:
             checkpoints.restore_random_state(saved["random"], device)
-        if "scaler" in saved:
+        if saved.get("scaler"):  # empty where the saved run needed none
             scaler.load_state_dict(saved["scaler"])
+        loop.began_at = step - loop.coherence.step.item()
+    fresh, saved = saved is None, None  # free its memory
     forward = model
     if s.compile:
         torch._dynamo.config.capture_scalar_outputs = True  # the loop over experts reads their token counts
@@ -90,7 +95,7 @@ def train(s: Settings, caught: list[int]) -> None:
         print(f"validation loss at step {step}: {evaluate():.4f} nats per token, over {s.eval_iters} batches")
         return
     log = RunLog(s, s.flat() | surroundings(data.meta), start=step, wandb_id=wandb_id)
-    for line in introduction(s, model, data, device):
+    for line in introduction(s, model, data, device) + notes:
         log.say(line)
 
     def save(step: int) -> None:
@@ -121,7 +126,7 @@ def train(s: Settings, caught: list[int]) -> None:
         return {"val/loss": val_loss}
 
     model.train()
-    if saved is None:
+    if fresh:
         log.write({"step": step} | check(step))
     timer, timed_from = time.perf_counter(), step
     # `step` counts optimizer steps done, so a line of step 1 tells of the first.
@@ -163,6 +168,19 @@ def train(s: Settings, caught: list[int]) -> None:
     log.close()
     for line in farewell(s, step, best_val_loss, stopped=step < s.max_iters):
         print(line)
+
+
+def settings_on_resume(s: Settings, saved: dict) -> tuple[Settings, list[str]]:
+    """The settings to go on with, the model's shape from the checkpoint, and a line on each that differs."""
+    asked = s.flat()
+    kept = {key: value for key, value in saved["model_args"].items() if key in KEPT_ON_RESUME and value != asked[key]}
+    before = saved.get("config", {}) | kept
+    s = setting.from_values(asked | kept)
+    notes = [f"resume: {key}={kept[key]} as in the checkpoint, not {asked[key]}" for key in kept]
+    for key, value in s.flat().items():
+        if key in before and before[key] != value and key not in ("init_from", "out_dir"):
+            notes.append(f"resume: {key}={value}, before {before[key]}")
+    return s, notes
 
 
 def build(s: Settings, data: TokenData, device: torch.device, saved: dict | None) -> tuple:
@@ -219,7 +237,7 @@ def pick_precision(s: Settings, device: torch.device):
         if s.dtype != "float32":
             raise UserError(f"dtype={s.dtype!r} needs CUDA; on {device} use --dtype=float32")
         return nullcontext
-    torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("high")  # TF32, as nanoMoE
     if s.dtype == "float32":
         return nullcontext
     return lambda: torch.autocast(device.type, dtype=getattr(torch, s.dtype))

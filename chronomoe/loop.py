@@ -44,6 +44,8 @@ class ChronoLoop:
         self.lifecycle = LifecycleCoordinator(num_layers, num_experts, self.config).to(device)
         self.follows = derangement(num_layers, num_experts, seed).to(device)
         self.last: MoETrace | None = None
+        # The trainer's step at which this loop's count began: not 0 where coherence is switched on in mid-training.
+        self.began_at = 0
 
     @torch.no_grad()
     def step(self, trace: MoETrace, found_inf: Tensor | None = None) -> None:
@@ -108,7 +110,7 @@ class ChronoLoop:
                     expert_id=state.expert_id,
                     reason=REASONS[reason],
                     action="open" if is_open[reason][layer][expert] else "withdrawn",
-                    step=since[reason][layer][expert],
+                    step=self.began_at + since[reason][layer][expert],
                     phi_slow=state.phi_slow,
                     total_tokens_seen=state.total_tokens_seen,
                 )

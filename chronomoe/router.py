@@ -74,11 +74,12 @@ class RouterState(StateModule):
         std = (trace.logit_var / trace.tokens).sqrt()
         alpha = config.logit_std_alpha
         smoothed = torch.where(self.updates > 0, alpha * self.logit_std + (1 - alpha) * std, std)
-        self.logit_std.copy_(torch.where(ok, smoothed, self.logit_std))
+        # finite even where ok: a logit of -inf leaves loss and gradient finite, and its variance is none
+        self.logit_std.copy_(torch.where(ok & std.isfinite(), smoothed, self.logit_std))
         self.updates += ok
         if config.bridge:
             seen = trace.disagreement / trace.tokens
-            self.disagreement.copy_(torch.where(ok, seen, self.disagreement))
+            self.disagreement.copy_(torch.where(ok & seen.isfinite(), seen, self.disagreement))
             self.relevance.copy_(compute_relevance(self.disagreement, config.bridge_threshold))
 
 

@@ -1,4 +1,4 @@
-"""All five steps on a nanoMoE small enough for a laptop: about four minutes on two cores."""
+"""All five steps on a nanoMoE small enough for a laptop: a few minutes on two cores."""
 
 out_dir = "out/vertical_slice"
 dataset = "stdlib"

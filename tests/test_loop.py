@@ -197,6 +197,14 @@ def test_a_non_finite_step_changes_nothing_but_time():
     assert not torch.equal(model.lm_head.weight, weights["lm_head.weight"])
 
 
+def test_a_variance_that_is_no_number_is_not_taken_in():
+    loop = loop_of(logit_std_alpha=0.9)
+    loop.step(trace([0.5] * 3, [1] * 3, logit_std=(3.0,)))
+    loop.step(trace([0.5] * 3, [1] * 3, logit_std=(math.nan,), disagreement=(math.nan,)))
+    assert loop.router_state.logit_std.item() == pytest.approx(3.0)
+    assert loop.router_state.relevance.item() == 1.0
+
+
 def test_state_stays_float32_when_the_model_is_cast():
     model, loop = build(chrono())
     draw_beta(model)

@@ -456,6 +456,49 @@ def test_resuming_with_blocks_longer_than_the_checkpoints_works_or_gets_one_line
         assert "block_size" in str(e) and "\n" not in str(e)
 
 
+def test_decisions_count_the_trainers_steps_where_coherence_is_switched_on_later(start, tmp_path):
+    out = tmp_path / "out"
+    start(out, max_iters=3)
+    watched = ALL_ON | dict(chrono_prune_phi=1, chrono_prune_min_tokens=0, chrono_prune_min_updates=1)
+    assert start(out, **watched, init_from="resume") == 0
+    # low_coherence needs two updates: those of steps 4 and 5
+    assert {d["step"] for d in lines(out / "decisions.jsonl")} == {5}
+
+
+def test_resuming_says_what_differs_from_before(start, tmp_path, capsys):
+    out = tmp_path / "out"
+    start(out, max_iters=3)
+    capsys.readouterr()
+    start(out, init_from="resume", n_embd=32, learning_rate=2e-3)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("resume:")]
+    assert said == [
+        f"resume: n_embd={TINY['n_embd']} as in the checkpoint, not 32",
+        "resume: learning_rate=0.002, before 0.01",
+        "resume: max_iters=6, before 3",
+    ]
+
+
+def test_steps_on_a_dense_checkpoint_are_refused(start, tmp_path):
+    out = tmp_path / "out"
+    start(out, n_exp=1, max_iters=3)
+    with pytest.raises(UserError) as error:
+        start(out, init_from="resume", chrono_router=True)
+    assert "n_exp" in one_line(error)
+
+
+def test_several_processes_are_refused(start, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError) as error:
+        start(tmp_path / "out")
+    assert "torchrun" in one_line(error)
+
+
+def test_a_dataset_may_be_a_path_from_the_working_directory(start, dataset, tmp_path, monkeypatch):
+    shutil.copytree(dataset, tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    assert start("out", dataset="./mine", max_iters=1) == 0
+
+
 def test_nanomoes_checkpoint_is_resumed_in_its_own_shape(start, tmp_path):
     out = tmp_path / "out"
     out.mkdir()

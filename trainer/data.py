@@ -75,6 +75,8 @@ def open_dataset(name: str, block_size: int) -> TokenData:
     folder = DATA / name
     if name == "stdlib" and not (folder / "meta.json").exists():
         load_prepare(folder / "prepare.py").prepare(folder)
+    if not folder.is_dir() and Path(name).is_dir():
+        folder = Path(name)
     if not folder.is_dir():
         there = sorted(p.parent.name for p in DATA.glob("*/prepare.py"))
         raise UserError(f"no folder {folder} for dataset={name!r}; there are {', '.join(there)}, or give a path")

@@ -41,7 +41,9 @@ class Settings:
     eval_iters: int = option(200, "validation batches an evaluation, the same ones each time", least=1)
     eval_only: bool = option(False, "evaluate once and stop")
     log_interval: int = option(1, "steps between log lines", least=1)
-    always_save_checkpoint: bool = option(True, "save at every evaluation, not only at a new best validation loss")
+    always_save_checkpoint: bool = option(
+        True, "save at every evaluation, not only at a new best loss; Ctrl-C saves always"
+    )
 
     # Weights & Biases
     wandb_log: bool = option(False, "log to Weights & Biases too (offline if not logged in or without network)")
@@ -75,7 +77,7 @@ class Settings:
     stride: int = option(2, "every stride-th block is a MoE layer, from block 0", least=1)
     use_switch_tfm_init: bool = option(False, "Switch Transformer's initial weights")
     switch_tfm_init_scale: float = option(1.0, "their scale", above=0)
-    router_use_full_prec: bool = option(False, "routing logits in float32 under autocast")
+    router_use_full_prec: bool = option(False, "routing logits without autocast (on CUDA float32 matmuls use TF32)")
 
     # Optimizer
     learning_rate: float = option(6e-4, "highest learning rate", least=0)
@@ -90,7 +92,7 @@ class Settings:
     min_lr: float = option(6e-5, "lowest learning rate", least=0)
 
     # System
-    backend: str = option("nccl", "torch.distributed backend; not used yet")
+    backend: str = option("nccl", "torch.distributed backend, of nanoMoE's configs; training is on one process")
     device: str = option("auto", "'auto' (CUDA if there is one, else the CPU), 'cpu', 'cuda', 'cuda:1', 'mps'")
     dtype: str = option(
         "auto",

@@ -19,7 +19,7 @@ def caught_signals() -> Iterator[list[int]]:
         if caught:
             raise KeyboardInterrupt
         caught.append(number)
-        print("\nstopping after this step; once more stops now", file=sys.stderr)
+        print("\nstopping after this step or evaluation; once more stops now", file=sys.stderr)
 
     before = {number: signal.signal(number, handle) for number in SIGNALS}
     try:
