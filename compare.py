@@ -1,0 +1,86 @@
+"""Is training with beta better than without? Train arms over seeds, or take runs that exist, and test the difference.
+
+    python compare.py config/study.py --seeds=8              train what is not there yet, then report
+    python compare.py config/study.py --seeds=8 --arms=off,on --jobs=2 --chrono_eta=1e-3 --out_dir=out/eta
+    python compare.py out/vertical_slice out/beta_off ...    compare runs that exist
+
+Arms: off, on, shuffled (a placebo: beta follows another expert's coherence) and load (the load-balancing bias). Runs
+with the same seed start from the same weights and see the same data: they are a pair. Ctrl-C loses nothing: the same
+command goes on. Other settings are train.py's. Needs requirements-compare.txt.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from trainer import settings as setting
+from trainer.errors import UserError, run
+
+try:
+    from comparison import report, sweep
+    from comparison.arms import ARMS
+    from comparison.runs import group_into_arms, load_runs
+except ModuleNotFoundError as e:
+    sys.exit(f"error: comparing needs {e.name}: pip install -r requirements-compare.txt")
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit status: 0, or 1 where a run of the study failed."""
+    if not arguments or "--help" in arguments or "-h" in arguments:
+        print(__doc__)
+        return 0
+    own, rest = own_options(arguments)
+    folders = [a for a in rest if not a.startswith("-") and not a.endswith(".py")]
+    if folders:
+        wrong = [a for a in rest if a not in folders] + [f"--{name}" for name in own]
+        if wrong:
+            raise UserError(f"{wrong[0]}: give a config file to train, or folders of runs to compare, not both")
+        out, failed = Path(os.path.commonpath([os.path.abspath(f) for f in folders])), []
+        out = out.parent if len(folders) == 1 else out
+    else:
+        settings = setting.from_arguments(rest)
+        arms = own.get("arms", ",".join(ARMS)).split(",")
+        seeds, jobs = whole_number(own, "seeds", 8), whole_number(own, "jobs", os.cpu_count() or 1)
+        passed_on = [a for a in rest if not a.startswith("--out_dir=")]
+        planned = sweep.plan(passed_on, settings, arms, seeds)
+        print(f"{len(planned)} runs: {', '.join(arms)}, {seeds} seeds; {jobs} at a time, in {settings.out_dir}")
+        failed = sweep.train_all(planned, jobs)
+        out, folders = Path(settings.out_dir), [str(job.out_dir) for job in planned]
+
+    runs, left_out = load_runs(Path(folder) for folder in folders)
+    if len(runs) < 2:
+        raise UserError("; ".join(left_out) or f"{folders[0]} is one run: comparing takes two")
+    arms_found, differing, doubles = group_into_arms(runs)
+    command = shlex.join(["python", "compare.py", *arguments])
+    text = report.write(out, arms_found, differing, left_out + doubles, command)
+    print(text.split("\n## ")[0])
+    print(f"the report is {out / 'report.md'}; its numbers are in {out / 'comparison.json'}")
+    return 1 if failed else 0
+
+
+def own_options(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
+    """--seeds, --arms and --jobs, and the arguments that are train.py's or folders."""
+    own, rest = {}, []
+    for argument in arguments:
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if argument.startswith("--") and equals and name in ("seeds", "arms", "jobs"):
+            own[name] = value
+        elif argument.startswith(("--seed=", "--init_from=")):
+            raise UserError(f"{argument}: the study sets this itself; give --seeds=N")
+        else:
+            rest.append(argument)
+    return own, rest
+
+
+def whole_number(own: dict[str, str], name: str, default: int) -> int:
+    text = own.get(name, str(default))
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"--{name}={text} must be a whole number at least 1")
+    return int(text)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,18 @@
+"""The vertical slice, small enough that eight seeds of four arms end within an hour on two cores."""
+
+from config.vertical_slice import *
+
+out_dir = "out/study"
+wandb_log = False
+
+n_embd = 64
+block_size = 64
+batch_size = 16
+max_iters = 600
+lr_decay_iters = 600
+learning_rate = 3e-3
+min_lr = 3e-4
+
+eval_interval = 25
+eval_iters = 20
+log_interval = 25
