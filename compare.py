@@ -21,6 +21,7 @@ from trainer.errors import UserError, run
 
 try:
     from comparison import report, sweep
+    from comparison.analysis import conclusion, verdict
     from comparison.arms import ARMS
     from comparison.runs import group_into_arms, load_runs
 except ModuleNotFoundError as e:
@@ -55,9 +56,12 @@ def main(arguments: list[str]) -> int:
         raise UserError("; ".join(left_out) or f"{folders[0]} is one run: comparing takes two")
     arms_found, differing, doubles = group_into_arms(runs)
     command = shlex.join(["python", "compare.py", *arguments])
-    text = report.write(out, arms_found, differing, left_out + doubles, command)
-    print(text.split("\n## ")[0])
-    print(f"the report is {out / 'report.md'}; its numbers are in {out / 'comparison.json'}")
+    comparison = report.compare(arms_found, differing, left_out + doubles, command)
+    report.write(out, comparison)
+    print("\n".join([conclusion(comparison.primary), *(f"- {verdict(r)}" for r in comparison.primary)]))
+    for reason in comparison.left_out:
+        print(f"left out: {reason}")
+    print(f"the report is {out / 'report.html'} (and report.md); its numbers are in {out / 'comparison.json'}")
     return 1 if failed else 0
 
 

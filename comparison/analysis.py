@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from comparison.runs import Run, pairs
 from comparison.statistics import FEWEST_PAIRS, POWER, Contrast, contrast, holm
 
-PRIMARY = "validation loss, mean of the last quarter"
+PRIMARY = "mean validation loss of the last quarter"
 CONTRASTS = (("on", "off"), ("on", "shuffled"))  # those of the primary outcome
 OTHER_CONTRASTS = (("shuffled", "off"), ("load", "off"))  # shown beside them, without a verdict
 
@@ -67,11 +67,11 @@ def outcomes(runs: list[Run]) -> tuple[Outcome, list[Outcome], Outcome]:
     primary = Outcome(PRIMARY, "nats", lambda run: last_quarter(run, "val/loss"))
     secondary = [
         Outcome("final validation loss", "nats", lambda run: run.series("val/loss")[1][-1]),
-        Outcome("Neff, mean of the last quarter", "experts", lambda run: last_quarter(run, "neff")),
-        Outcome("load CV, mean of the last quarter", "", lambda run: last_quarter(run, "load_cv")),
+        Outcome("mean Neff of the last quarter", "experts", lambda run: last_quarter(run, "neff")),
+        Outcome("mean load CV of the last quarter", "", lambda run: last_quarter(run, "load_cv")),
         Outcome(f"steps to a validation loss of {target:.3f}", "steps", lambda run: steps_to_loss(run, target)),
     ]
-    check = Outcome("layer coherence, mean of the last quarter", "", lambda run: last_quarter(run, "layer"))
+    check = Outcome("mean layer coherence of the last quarter", "", lambda run: last_quarter(run, "layer"))
     return primary, secondary, check
 
 

@@ -1,6 +1,9 @@
-"""The report's figures, from the runs' logged lines."""
+"""The report's figures, from the runs' logged lines. Each function returns a matplotlib figure."""
 
 from __future__ import annotations
+
+import math
+import re
 
 import matplotlib
 
@@ -11,59 +14,165 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from comparison.analysis import Row
+from comparison.probe import Probe
 from comparison.runs import Run
 
-COLOURS = {"off": "#7f7f7f", "on": "#1f77b4", "shuffled": "#ff7f0e", "load": "#2ca02c"}
+COLOURS = {"off": "#8c8c8c", "on": "#2f7fc1", "shuffled": "#e07b1a", "load": "#3a9a4b"}
+INK = "#808080"  # readable on white and on black
 
 Arms = dict[str, dict[int, Run]]
 
+matplotlib.rcParams.update(
+    {
+        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
+        **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+        **{"svg.fonttype": "none", "svg.hashsalt": "comparison", "font.size": 10, "font.family": "sans-serif"},
+    }
+)
 
-def curves(arms: Arms, name: str, label: str, log: bool = False) -> Figure:
-    """A metric by arm against the step: mean over seeds, and a band from the lowest to the highest seed.
 
-    name: a metric, or an ending such as "/js", whose mean over layers is drawn.
+def subplots(rows: int = 1, columns: int = 1, height: float = 3.2, **options):
+    """As wide as a phone's screen, so that text stays legible there; `height` is a row's, in inches."""
+    return plt.subplots(rows, columns, figsize=(5.0, height * rows), layout="constrained", **options)
+
+
+def curves(arms: Arms, name: str, label: str, skip: int = 0, log: bool = False, **limits) -> Figure:
+    """A metric by arm against the step: the mean over seeds, and a band from the lowest to the highest seed.
+
+    name: a metric, or an ending such as "/js", whose mean over layers is drawn. skip: leave out earlier steps.
     """
-    figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    figure, axis = subplots()
     for arm, members in arms.items():
-        rows = [_series(run, name) for run in members.values()]
-        rows = [row for row in rows if row]
-        steps = sorted(set.intersection(*(set(row) for row in rows))) if rows else []
+        rows = [row for row in (_mean_series(run, name) for run in members.values()) if row]
+        steps = [s for s in sorted(set.intersection(*map(set, rows))) if s >= skip] if rows else []
         if not steps:
             continue
         values = np.array([[row[step] for step in steps] for row in rows])
-        colour = COLOURS.get(arm)
-        axis.plot(steps, values.mean(0), color=colour, label=f"{arm} ({len(rows)})")
-        axis.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
-    axis.set(xlabel="step", ylabel=label, yscale="log" if log else "linear")
-    return _finished(figure, axis)
+        if log and not (values > 0).any():
+            continue
+        axis.plot(steps, values.mean(0), color=COLOURS.get(arm), label=f"{arm} ({len(rows)} seeds)")
+        axis.fill_between(steps, values.min(0), values.max(0), color=COLOURS.get(arm), alpha=0.18, linewidth=0)
+    axis.set(xlabel="step", ylabel=label, yscale="log" if log else "linear", **limits)
+    axis.legend(fontsize=9)
+    return figure
 
 
 def differences(rows: list[Row]) -> Figure:
     """Each pair's difference in the primary outcome, its mean and 95% interval, a column a contrast."""
-    figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    figure, axis = subplots()
     for column, r in enumerate(rows):
         values = list(r.differences.values())
-        spread = np.linspace(-0.12, 0.12, len(values)) if len(values) > 1 else [0]
-        axis.plot(column + np.asarray(spread), values, "o", color="#1f77b4", alpha=0.6, markersize=5)
+        axis.plot(column + np.linspace(-0.12, 0.12, len(values)), values, "o", color=COLOURS["on"], alpha=0.7)
         c = r.contrast
-        axis.errorbar(column + 0.25, c.mean, [[c.mean - c.low], [c.high - c.mean]], fmt="s", color="black", capsize=4)
-    axis.axhline(0, color="0.5", linewidth=1, linestyle=":")
+        axis.errorbar(column + 0.25, c.mean, [[c.mean - c.low], [c.high - c.mean]], fmt="s", color=INK, capsize=4)
+    axis.axhline(0, color=INK, linewidth=1, linestyle=":")
     axis.set_xticks(range(len(rows)), [f"{r.a} - {r.b}" for r in rows])
-    axis.set(xlim=(-0.5, max(len(rows), 1) - 0.5), ylabel=f"difference, {rows[0].outcome.unit}" if rows else "")
-    return _finished(figure, axis, legend=False)
+    axis.set(xlim=(-0.5, len(rows) - 0.5), ylabel=f"difference in loss, {rows[0].outcome.unit}")
+    return figure
 
 
-def _series(run: Run, name: str) -> dict[int, float]:
+def experts(runs: dict[str, Run], metric: str, label: str) -> Figure | None:
+    """A metric of every expert over time, one panel an arm, one colour a layer; None if no run has it."""
+    found = {arm: by_expert(run, metric) for arm, run in runs.items()}
+    found = {arm: table for arm, table in found.items() if table}
+    if not found:
+        return None
+    figure, axes = subplots(math.ceil(len(found) / 2), 2, height=2.4, squeeze=False, sharex=True)
+    for axis in axes.flat[len(found) :]:
+        axis.set_axis_off()
+    for axis, (arm, table) in zip(axes.flat, found.items()):
+        layers = sorted({layer for layer, _ in table})
+        for (layer, _), (steps, values) in table.items():
+            axis.plot(steps, values, color=f"C{layers.index(layer)}", linewidth=0.9, alpha=0.8)
+        axis.set_title(arm)
+    figure.supxlabel("step", fontsize=10, color=INK)
+    figure.supylabel(label, fontsize=10, color=INK)
+    colours = [plt.Line2D([], [], color=f"C{i}", label=f"L{layer}") for i, layer in enumerate(layers)]
+    axes.flat[0].legend(handles=colours, fontsize=8)
+    return figure
+
+
+def heatmaps(runs: dict[str, Run], metric: str, label: str) -> Figure | None:
+    """A metric's last value, layer by expert, one panel an arm; None if no run has it."""
+    tables = {}
+    for arm, run in runs.items():
+        last = {key: values[-1] for key, (_, values) in by_expert(run, metric).items()}
+        if last:
+            layers, columns = sorted({layer for layer, _ in last}), sorted({e for _, e in last})
+            tables[arm] = layers, np.array([[last.get((layer, e), np.nan) for e in columns] for layer in layers])
+    if not tables:
+        return None
+    height = 0.6 + 0.3 * max(len(layers) for layers, _ in tables.values())
+    figure, axes = subplots(len(tables), 1, height=height, squeeze=False, sharex=True)
+    for axis, (arm, (layers, table)) in zip(axes.flat, tables.items()):
+        limit = np.nanmax(abs(table)) or 1.0  # each arm's own: their betas may differ by orders of magnitude
+        image = axis.imshow(table, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
+        axis.set_yticks(range(len(layers)), [f"L{layer}" for layer in layers])
+        axis.set_title(arm)
+        figure.colorbar(image, ax=axis, label=label)
+    axes.flat[-1].set_xlabel("expert")
+    return figure
+
+
+def proposals(runs: dict[str, Run]) -> Figure | None:
+    """When which expert was proposed for pruning, a bar from open to withdrawn; None if none was."""
+    bars = [(arm, *bar) for arm, run in runs.items() for bar in open_times(run)]
+    if not bars:
+        return None
+    names = sorted({f"{arm} {expert}" for arm, expert, *_ in bars}, reverse=True)
+    figure, axis = subplots(height=max(1.6, 0.22 * len(names) + 1))
+    for arm, expert, reason, start, end in bars:
+        hatch = "///" if reason == "low_observability" else None
+        axis.barh(f"{arm} {expert}", end - start, left=start, color=COLOURS.get(arm), height=0.6, hatch=hatch)
+    axis.set(xlabel="step; hatched: low observability, plain: low coherence")
+    axis.set_yticks(names)
+    return figure
+
+
+def probe(probes: dict[str, list[Probe]]) -> Figure:
+    """What beta does against top_k: loss difference, share of the set changed, gate mass moved."""
+    figure, axes = subplots(3, 1, height=2.2, sharex=True)
+    panels = (
+        ("loss_difference", "loss difference"),
+        ("set_changed", "set changed"),
+        ("gate_mass_moved", "gate mass moved"),
+    )
+    for axis, (field, label) in zip(axes, panels):
+        for arm, found in probes.items():
+            values = [getattr(p, field) for p in found]
+            axis.plot([p.top_k for p in found], values, "o-", color=COLOURS.get(arm), label=arm)
+        axis.set_ylabel(label, fontsize=9)
+        axis.axhline(0, color=INK, linewidth=0.8, linestyle=":")
+    axes[-1].set_xlabel("top_k")
+    axes[0].legend(fontsize=9)
+    return figure
+
+
+def by_expert(run: Run, metric: str) -> dict[tuple[int, int], tuple[list[int], list[float]]]:
+    """(layer, expert) -> (steps, values) of a metric of the experts."""
+    names = {name for line in run.lines for name in line}
+    matches = [re.fullmatch(rf"expert/L(\d+)_E(\d+)/{metric}", name) for name in names]
+    keys = sorted((int(m[1]), int(m[2]), m[0]) for m in matches if m)
+    return {(layer, e): run.series(name) for layer, e, name in keys if run.series(name)[0]}
+
+
+def open_times(run: Run) -> list[tuple[str, str, int, int]]:
+    """(expert, reason, opened, withdrawn or the run's end) of every prune proposal."""
+    opened: dict[tuple[str, str], int] = {}
+    bars = []
+    for d in run.decisions:
+        key = d["expert_id"], d["reason"]
+        if d["action"] == "open":
+            opened[key] = d["step"]
+        elif key in opened:
+            bars.append((*key, opened.pop(key), d["step"]))
+    return bars + [(*key, start, run.config["max_iters"]) for key, start in opened.items()]
+
+
+def _mean_series(run: Run, name: str) -> dict[int, float]:
     found = {}
     for line in run.lines:
         values = [v for n, v in line.items() if (n == name or (name[0] == "/" and n.endswith(name))) and v is not None]
         if values:
             found[line["step"]] = sum(values) / len(values)
     return found
-
-
-def _finished(figure: Figure, axis, legend: bool = True) -> Figure:
-    axis.spines[["top", "right"]].set_visible(False)
-    if legend and axis.get_legend_handles_labels()[0]:
-        axis.legend(frameon=False, fontsize=9)
-    return figure

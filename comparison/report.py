@@ -1,133 +1,168 @@
-"""report.md and its figures: the verdict first, then what it rests on."""
+"""report.html, report.md and the figures: the verdict first, then what it rests on."""
 
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import re
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from comparison import figures
 from comparison.analysis import Row, analyse, conclusion, verdict
+from comparison.probe import Probe, probe
 from comparison.runs import Run
 from trainer.errors import UserError
 from trainer.files import whole_file
 
+COLUMNS = ["outcome", "contrast", "pairs", "mean difference", "95% interval", "p", "found in 80%"]
+NOTE = (
+    "The primary outcome and its two contrasts were fixed in advance. p is the exact sign-flip test's; those of the "
+    "secondary outcomes are corrected for their number (Holm). The last column is the effect that so many pairs, with "
+    "the spread observed, find in 80% of studies. Layer coherence is a check that beta acted and no outcome, because "
+    "beta selects for it."
+)
 
-def write(
-    out: Path, arms: dict[str, dict[int, Run]], differing: dict[str, list[str]], left_out: list[str], command: str
-) -> str:
-    """Write report.md, comparison.json and figures/ into `out`; returns the report. Raises UserError if it cannot."""
-    primary, secondary, check = analyse(arms)
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """All that a report tells."""
+
+    arms: dict[str, dict[int, Run]]
+    differing: dict[str, list[str]]  # settings, and the values they have
+    left_out: list[str]
+    command: str
+    primary: list[Row]
+    secondary: list[Row]
+    check: list[Row]
+    probes: dict[str, list[Probe]]  # by arm, of one seed's models
+
+    @property
+    def shown(self) -> dict[str, Run]:
+        """One run an arm, of the same seed where possible: what per-expert figures show."""
+        common = set.intersection(*(set(members) for members in self.arms.values()))
+        seed = min(common) if common else None
+        return {arm: members.get(seed, next(iter(members.values()))) for arm, members in self.arms.items()}
+
+
+def compare(
+    arms: dict[str, dict[int, Run]], differing: dict[str, list[str]], left_out: list[str], command: str
+) -> Comparison:
+    """Analyse the arms and probe one trained model of each that has a beta."""
+    comparison = Comparison(arms, differing, list(left_out), command, *analyse(arms), probes={})
+    for arm, run in comparison.shown.items():
+        if run.config.get("chrono_beta"):
+            try:
+                comparison.probes[arm] = probe(run.folder)
+            except UserError as e:
+                comparison.left_out.append(f"constraint probe of {arm}: {e}")
+    return comparison
+
+
+def write(out: Path, comparison: Comparison) -> None:
+    """Write report.html, report.md, comparison.json and figures/ into `out`. Raises UserError if it cannot."""
     try:
         (out / "figures").mkdir(parents=True, exist_ok=True)
-        drawn = _draw(out / "figures", arms, primary)
-        report = _markdown(arms, primary, secondary, check, differing, left_out, command, drawn)
-        with whole_file(out / "report.md") as f:
-            f.write(report.encode())
-        with whole_file(out / "comparison.json") as f:
-            content = _numbers(arms, primary, secondary, check, differing, left_out, command)
-            f.write(json.dumps(content, indent=1).encode() + b"\n")
+        drawn = []
+        for title, caption, figure in draw(comparison):
+            name = f"figures/{re.sub('[^a-z]+', '_', title.lower())}.png"
+            figure.savefig(out / name, dpi=130, facecolor="white")
+            drawn.append((title, caption, name, as_svg(figure)))
+            plt.close(figure)
+        for name, content in (
+            ("report.html", as_html(comparison, [(title, caption, svg) for title, caption, _, svg in drawn])),
+            ("report.md", as_markdown(comparison, [(title, caption, name) for title, caption, name, _ in drawn])),
+            ("comparison.json", json.dumps(as_numbers(comparison), indent=1) + "\n"),
+        ):
+            with whole_file(out / name) as f:
+                f.write(content.encode())
     except OSError as e:
         raise UserError(f"cannot write the report to {out}: {e.strerror}") from None
-    return report
 
 
-def _draw(folder: Path, arms: dict[str, dict[int, Run]], primary: list[Row]) -> dict[str, str]:
-    drawn = {
-        "Validation loss": figures.curves(arms, "val/loss", "validation loss, nats per token"),
-        "Layer coherence": figures.curves(arms, "/layer", "token-weighted mean phi_slow"),
-        "Disagreement": figures.curves(arms, "/js", "JS, clean against used routing"),
-        "Spread of beta": figures.curves(arms, "/spread", "max - min of a layer's beta"),
-        "Load": figures.curves(arms, "/load_cv", "CV of the experts' loads"),
-    }
-    if primary:
-        drawn = {"Paired differences": figures.differences(primary)} | drawn
-    paths = {}
-    for title, figure in drawn.items():
-        name = title.lower().replace(" ", "_") + ".png"
-        figure.savefig(folder / name, dpi=130)
-        plt.close(figure)
-        paths[title] = f"figures/{name}"
-    return paths
+def draw(c: Comparison) -> list[tuple[str, str, Figure]]:
+    """(title, caption, figure) of everything there is to draw."""
+    start = next(iter(c.shown.values())).config["max_iters"] // 10
+    band = "Mean over seeds; the band reaches from the lowest to the highest seed."
+    seeds = {run.seed for run in c.shown.values()}
+    one = f"Seed {min(seeds)} of each arm." if len(seeds) == 1 else "One run of each arm."
+    found = [
+        ("Paired differences", "A dot a seed; square and bar: mean and 95% interval.",
+         figures.differences(c.primary) if c.primary else None),
+        ("Validation loss", f"{band} The first tenth is left out.",
+         figures.curves(c.arms, "val/loss", "validation loss, nats per token", skip=start)),
+        ("Disagreement", f"Clean against used routing. {band}", figures.curves(c.arms, "/js", "JS, nats", log=True)),
+        ("Relevance", f"Strength with which beta is applied. {band}",
+         figures.curves(c.arms, "/relevance", "r", ylim=(-0.05, 1.05))),
+        ("Load", f"Coefficient of variation of the experts' loads. {band}",
+         figures.curves(c.arms, "/load_cv", "load CV")),
+        ("Layer coherence", f"A check that beta acts, no outcome. {band}",
+         figures.curves(c.arms, "/layer", "token-weighted mean phi_slow")),
+        ("Coherence of every expert", one, figures.experts(c.shown, "phi_slow", "phi_slow")),
+        ("Coherence at the end", one, figures.heatmaps(c.shown, "phi_slow", "phi_slow")),
+        ("Beta of every expert", one, figures.experts(c.shown, "beta", "beta")),
+        ("Beta at the end", one, figures.heatmaps(c.shown, "beta", "beta")),
+        ("Prune proposals", f"A dry run: none was executed. {one}", figures.proposals(c.shown)),
+        ("Constraint probe", "The trained model evaluated at other top_k, with its beta less with beta 0: loss in "
+         f"nats, share of the top-K set changed, gate mass moved. {one}",
+         figures.probe(c.probes) if c.probes else None),
+    ]  # fmt: skip
+    return [(title, caption, figure) for title, caption, figure in found if figure is not None]
 
 
-def _markdown(
-    arms: dict[str, dict[int, Run]],
-    primary: list[Row],
-    secondary: list[Row],
-    check: list[Row],
-    differing: dict[str, list[str]],
-    left_out: list[str],
-    command: str,
-    drawn: dict[str, str],
-) -> str:
-    first = next(iter(next(iter(arms.values())).values()))
-    counts = ", ".join(f"{name} {len(members)}" for name, members in arms.items())
-    lines = [
-        "# Beta on against beta off",
-        "",
-        f"**{conclusion(primary)}**",
-        "",
-        *(f"- {verdict(r)}" for r in primary),
-        "",
-        f"Runs: {counts}, of {first.config['max_iters']} steps on {first.config['dataset']}. {date.today()}. Command:",
-        "",
-        f"    {command}",
-        "",
-        "Settings in which these runs differ:",
-        "",
-        *(f"- `{key}`: {', '.join(values)}" for key, values in differing.items()),
-    ]
-    if left_out:
-        lines += ["", "Left out:", "", *(f"- {reason}" for reason in left_out)]
-    lines += [
-        "",
-        "## Contrasts",
-        "",
-        "The primary outcome and its two contrasts were fixed in advance. p is the exact sign-flip test's; those of",
-        "the other outcomes are corrected for their number (Holm). The last column is the effect that so many pairs,",
-        "with the spread observed, find in 80% of studies.",
-        "",
-        "| outcome | contrast | pairs | mean difference | 95% interval | p | found in 80% |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-        *(_table_row(r, f"{r.contrast.p:.3g}") for r in primary),
-        *(_table_row(r, f"{r.corrected:.3g}") for r in secondary),
-        "",
-        "Did beta act? Layer coherence is a check, not an outcome: beta selects for it.",
-        "",
-        "| outcome | contrast | pairs | mean difference | 95% interval | p | found in 80% |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-        *(_table_row(r, f"{r.contrast.p:.3g}") for r in check),
-    ]
-    for title, path in drawn.items():
-        lines += ["", f"## {title}", "", f"![{title}]({path})"]
-    return "\n".join(lines) + "\n"
+def as_svg(figure: Figure) -> str:
+    """The figure as an <svg> element without background."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
 
 
-def _table_row(r: Row, p: str) -> str:
-    c = r.contrast
-    cells = [r.outcome.name, f"{r.a} - {r.b}", str(c.n), f"{c.mean:+.4g} {r.outcome.unit}".strip()]
-    cells += [
-        f"{c.low:+.4g} to {c.high:+.4g}",
-        p if c.enough else "none",
-        f"{c.smallest_found:.3g}" if c.enough else "none",
-    ]
-    return "| " + " | ".join(cells) + " |"
+def as_html(c: Comparison, drawn: list[tuple[str, str, str]]) -> str:
+    template = (Path(__file__).parent / "report.html.j2").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    first = next(iter(c.shown.values()))
+    return environment.from_string(template).render(
+        conclusion=conclusion(c.primary),
+        verdicts=[verdict(r) for r in c.primary],
+        counts=_counts(c),
+        steps=f"{first.config['max_iters']:,}",
+        dataset=first.config["dataset"],
+        date=date.today(),
+        left_out=c.left_out,
+        differing=c.differing,
+        figures=drawn,
+        note=NOTE,
+        columns=COLUMNS,
+        rows=[_cells(r) for r in (*c.primary, *c.secondary, *c.check)],
+        command=c.command,
+    )
 
 
-def _numbers(
-    arms: dict[str, dict[int, Run]],
-    primary: list[Row],
-    secondary: list[Row],
-    check: list[Row],
-    differing: dict[str, list[str]],
-    left_out: list[str],
-    command: str,
-) -> dict[str, Any]:
+def as_markdown(c: Comparison, drawn: list[tuple[str, str, str]]) -> str:
+    first = next(iter(c.shown.values()))
+    lines = ["# Beta on against beta off", "", f"**{conclusion(c.primary)}**", ""]
+    lines += [f"- {verdict(r)}" for r in c.primary]
+    lines += ["", f"{_counts(c)}; {first.config['max_iters']:,} steps on {first.config['dataset']}. {date.today()}."]
+    if c.left_out:
+        lines += ["", "Left out:", "", *(f"- {reason}" for reason in c.left_out)]
+    lines += ["", "Settings in which these runs differ:", ""]
+    lines += [f"- `{key}`: {', '.join(values)}" for key, values in c.differing.items()]
+    lines += ["", "## All contrasts", "", NOTE, "", _table(COLUMNS), _table(["---"] * len(COLUMNS))]
+    lines += [_table(_cells(r)) for r in (*c.primary, *c.secondary, *c.check)]
+    for title, caption, path in drawn:
+        lines += ["", f"## {title}", "", f"![{title}]({path})", "", caption]
+    return "\n".join([*lines, "", "## The command", "", f"    {c.command}"]) + "\n"
+
+
+def as_numbers(c: Comparison) -> dict[str, Any]:
+    """comparison.json: what the report says, and each run's validation losses."""
+
     def plain(r: Row) -> dict[str, Any]:
         numbers = dataclasses.asdict(r.contrast)
         # JSON has no infinity
@@ -135,17 +170,34 @@ def _numbers(
         named = {"outcome": r.outcome.name, "a": r.a, "b": r.b, "differences": r.differences}
         return named | {"p_holm": r.corrected} | numbers
 
-    return {
-        "command": command,
-        "date": str(date.today()),
-        "conclusion": conclusion(primary),
-        "differing": differing,
-        "left_out": left_out,
-        "validation_loss": {
-            arm: {seed: dict(zip(*run.series("val/loss"))) for seed, run in sorted(members.items())}
-            for arm, members in arms.items()
-        },
-        "primary": [plain(r) for r in primary],
-        "secondary": [plain(r) for r in secondary],
-        "check": [plain(r) for r in check],
+    losses = {
+        arm: {seed: dict(zip(*run.series("val/loss"))) for seed, run in sorted(members.items())}
+        for arm, members in c.arms.items()
     }
+    return {
+        "command": c.command,
+        "date": str(date.today()),
+        "conclusion": conclusion(c.primary),
+        "verdicts": [verdict(r) for r in c.primary],
+        "differing": c.differing,
+        "left_out": c.left_out,
+        **{name: [plain(r) for r in getattr(c, name)] for name in ("primary", "secondary", "check")},
+        "probes": {arm: [dataclasses.asdict(p) for p in found] for arm, found in c.probes.items()},
+        "validation_loss": losses,
+    }
+
+
+def _counts(c: Comparison) -> str:
+    return "Runs: " + ", ".join(f"{arm} {len(members)}" for arm, members in c.arms.items())
+
+
+def _cells(r: Row) -> list[str]:
+    c = r.contrast
+    p = c.p if r.corrected is None else r.corrected
+    difference = f"{c.mean:+.4g} {r.outcome.unit}".strip()
+    found = [f"{p:.3g}", f"{c.smallest_found:.3g}"] if c.enough else ["none", "none"]
+    return [r.outcome.name, f"{r.a} - {r.b}", str(c.n), difference, f"{c.low:+.4g} to {c.high:+.4g}", *found]
+
+
+def _table(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

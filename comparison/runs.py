@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from comparison.arms import arm_of
+from comparison.arms import ARMS, arm_of
 from trainer.errors import UserError
 
 # What may differ between runs of one arm: names and places, not what is computed.
@@ -31,6 +31,7 @@ class Run:
     folder: Path
     config: dict[str, Any]
     lines: list[dict[str, Any]]
+    decisions: list[dict[str, Any]]  # prune proposals that opened or were withdrawn
 
     @property
     def seed(self) -> int:
@@ -66,7 +67,16 @@ def load_run(folder: Path) -> Run:
     losses = [line["val/loss"] for line in lines if "val/loss" in line]
     if not losses or any(loss is None or not math.isfinite(loss) for loss in losses):
         raise UserError(f"{folder}: a validation loss is missing or no number")
-    return Run(folder, config, lines)
+    return Run(folder, config, lines, _decisions(folder / "decisions.jsonl"))
+
+
+def _decisions(path: Path) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path}: cannot be read ({e})") from None
 
 
 def load_runs(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
@@ -112,7 +122,8 @@ def group_into_arms(runs: list[Run]) -> tuple[dict[str, dict[int, Run]], dict[st
             left_out.append(f"{run.folder}: seed {run.seed} of this arm is already {members[run.seed].folder}")
         else:
             members[run.seed] = run
-    return arms, differing, left_out
+    order = [*ARMS, *arms]
+    return dict(sorted(arms.items(), key=lambda item: order.index(item[0]))), differing, left_out
 
 
 def pairs(arms: dict[str, dict[int, Run]], a: str, b: str) -> list[tuple[Run, Run]]:

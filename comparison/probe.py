@@ -1,0 +1,86 @@
+"""The constraint probe: does the bias decide when choice is forced, and lie dormant while choice is wide?
+
+A trained model is evaluated with top_k overridden to 1, 2, ..., E, with its beta and with beta 0, on the fixed
+validation batches: the difference in loss, the share of the top-K set that beta changes, the gate mass that it moves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from chronomoe import ChronoConfig, ChronoRouter, Routing
+from model import GPT, GPTConfig
+from trainer import checkpoint
+from trainer.data import EVAL_SEED, TokenData, open_dataset
+from trainer.settings import PREFIX
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What beta does at one top_k; means over layers and tokens."""
+
+    top_k: int
+    loss: float  # with beta, nats per token
+    loss_difference: float  # with beta less without
+    set_changed: float  # share of the top-K set, 0 to 1
+    gate_mass_moved: float  # 0 to 1
+
+
+def load_model(folder: Path) -> tuple[GPT, TokenData]:
+    """A run's trained model in eval mode, on the CPU, and its data. Raises UserError if there is no checkpoint."""
+    saved = checkpoint.load(folder, torch.device("cpu"))
+    config = saved["config"]
+    steps = {name.removeprefix(PREFIX): value for name, value in config.items() if name.startswith(PREFIX)}
+    model = GPT(GPTConfig(**saved["model_args"], chrono=ChronoConfig(**steps)))
+    model.load_state_dict(saved["model"])
+    return model.eval(), open_dataset(config["dataset"], config["block_size"])
+
+
+@torch.no_grad()
+def probe(folder: Path, batches: int = 8, batch_size: int = 16) -> list[Probe]:
+    """Probe the run in a folder at every top_k."""
+    model, data = load_model(folder)
+    results = []
+    for top_k in range(1, model.config.n_exp + 1):
+        with_beta = _evaluate(model, data, top_k, batches, batch_size)
+        beta = model.router_state.beta_coeff.clone()
+        model.router_state.beta_coeff.zero_()
+        without = _evaluate(model, data, top_k, batches, batch_size)
+        model.router_state.beta_coeff.copy_(beta)
+        loss, set_changed, moved = with_beta
+        results.append(Probe(top_k, loss, loss - without[0], set_changed, moved))
+    return results
+
+
+def _evaluate(model: GPT, data: TokenData, top_k: int, batches: int, batch_size: int) -> tuple[float, float, float]:
+    """(loss, share of the set changed, gate mass moved) at a top_k."""
+    moved: list[Tensor] = []
+    routers = [module for module in model.modules() if isinstance(module, ChronoRouter)]
+    hooks = [r.register_forward_hook(lambda r, _, routing: moved.append(gate_mass_moved(r, routing))) for r in routers]
+    before = [router.top_k for router in routers]
+    try:
+        for router in routers:
+            router.top_k = top_k
+        losses, changed = [], []
+        for i in range(batches):
+            _, loss, trace = model(*data.batch("val", EVAL_SEED, 0, i, batch_size), return_trace=True)
+            losses.append(loss)
+            changed.append(trace.flip_set.mean() / trace.tokens)
+    finally:
+        for router, value in zip(routers, before):
+            router.top_k = value
+        for hook in hooks:
+            hook.remove()
+    return tuple(torch.stack(values).mean().item() for values in (losses, changed, moved))
+
+
+def gate_mass_moved(router: ChronoRouter, routing: Routing) -> Tensor:
+    """Mean over tokens of the gate mass that clean routing would have given to other experts: [], 0 to 1."""
+    clean, experts = routing.z_clean.topk(router.top_k, dim=-1)
+    without = torch.zeros_like(routing.z_clean).scatter(-1, experts, clean.softmax(-1))
+    used = torch.zeros_like(routing.z_clean).scatter(-1, routing.experts, routing.gates)
+    return (used - without).clamp_min(0).sum(-1).mean()
