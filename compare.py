@@ -3,10 +3,12 @@
     python compare.py config/study.py --seeds=8              train what is not there yet, then report
     python compare.py config/study.py --seeds=8 --arms=off,on --jobs=2 --chrono_eta=1e-3 --out_dir=out/eta
     python compare.py out/vertical_slice out/beta_off ...    compare runs that exist
+    python compare.py --wandb=entity/project                 compare the runs of a W&B project
 
 Arms: off, on, shuffled (a placebo: beta follows another expert's coherence) and load (the load-balancing bias). Runs
 with the same seed start from the same weights and see the same data: they are a pair. Ctrl-C loses nothing: the same
-command goes on. Other settings are train.py's. Needs requirements-compare.txt.
+command goes on. Other settings are train.py's; with --wandb_log=True the comparison is a W&B run too. Needs
+requirements-compare.txt.
 """
 
 from __future__ import annotations
@@ -20,10 +22,10 @@ from trainer import settings as setting
 from trainer.errors import UserError, run
 
 try:
-    from comparison import report, sweep
-    from comparison.analysis import conclusion, verdict
+    from comparison import report, sweep, wandb_runs
+    from comparison.analysis import conclusion
     from comparison.arms import ARMS
-    from comparison.runs import group_into_arms, load_runs
+    from comparison.runs import group_into_arms, load_run, load_runs
 except ModuleNotFoundError as e:
     sys.exit(f"error: comparing needs {e.name}: pip install -r requirements-compare.txt")
 
@@ -34,12 +36,17 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return 0
     own, rest = own_options(arguments)
+    wandb_log = "--wandb_log=True" in rest
     folders = [a for a in rest if not a.startswith("-") and not a.endswith(".py")]
-    if folders:
+    failed = []
+    if "wandb" in own:
+        out, sources = Path("out") / "wandb_comparison", wandb_runs.fetch(own["wandb"])
+    elif folders:
+        rest = [a for a in rest if a != "--wandb_log=True"]
         wrong = [a for a in rest if a not in folders] + [f"--{name}" for name in own]
         if wrong:
             raise UserError(f"{wrong[0]}: give a config file to train, or folders of runs to compare, not both")
-        out, failed = Path(os.path.commonpath([os.path.abspath(f) for f in folders])), []
+        out, sources = Path(os.path.commonpath([os.path.abspath(f) for f in folders])), map(Path, folders)
         out = out.parent if len(folders) == 1 else out
     else:
         settings = setting.from_arguments(rest)
@@ -49,16 +56,19 @@ def main(arguments: list[str]) -> int:
         planned = sweep.plan(passed_on, settings, arms, seeds)
         print(f"{len(planned)} runs: {', '.join(arms)}, {seeds} seeds; {jobs} at a time, in {settings.out_dir}")
         failed = sweep.train_all(planned, jobs)
-        out, folders = Path(settings.out_dir), [str(job.out_dir) for job in planned]
+        wandb_log = settings.wandb_log
+        out, sources = Path(settings.out_dir), [job.out_dir for job in planned]
 
-    runs, left_out = load_runs(Path(folder) for folder in folders)
+    runs, left_out = load_runs(sources, wandb_runs.load if "wandb" in own else load_run)
     if len(runs) < 2:
-        raise UserError("; ".join(left_out) or f"{folders[0]} is one run: comparing takes two")
+        raise UserError("; ".join(left_out) or "one run: comparing takes two")
     arms_found, differing, doubles = group_into_arms(runs)
     command = shlex.join(["python", "compare.py", *arguments])
     comparison = report.compare(arms_found, differing, left_out + doubles, command)
-    report.write(out, comparison)
-    print("\n".join([conclusion(comparison.primary), *(f"- {verdict(r)}" for r in comparison.primary)]))
+    drawn = report.write(out, comparison)
+    if wandb_log:
+        wandb_runs.log(out, comparison, drawn)
+    print("\n".join([conclusion(comparison.primary), *(f"- {s}" for s in comparison.sentences)]))
     for reason in comparison.left_out:
         print(f"left out: {reason}")
     print(f"the report is {out / 'report.html'} (and report.md); its numbers are in {out / 'comparison.json'}")
@@ -66,11 +76,11 @@ def main(arguments: list[str]) -> int:
 
 
 def own_options(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
-    """--seeds, --arms and --jobs, and the arguments that are train.py's or folders."""
+    """--seeds, --arms, --jobs and --wandb, and the arguments that are train.py's or folders."""
     own, rest = {}, []
     for argument in arguments:
         name, equals, value = argument.removeprefix("--").partition("=")
-        if argument.startswith("--") and equals and name in ("seeds", "arms", "jobs"):
+        if argument.startswith("--") and equals and name in ("seeds", "arms", "jobs", "wandb"):
             own[name] = value
         elif argument.startswith(("--seed=", "--init_from=")):
             raise UserError(f"{argument}: the study sets this itself; give --seeds=N")

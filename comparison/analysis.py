@@ -6,8 +6,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from comparison.runs import Run, pairs
-from comparison.statistics import FEWEST_PAIRS, POWER, Contrast, contrast, holm
+from comparison.statistics import ALPHA, FEWEST_PAIRS, POWER, Contrast, contrast, holm
 
 PRIMARY = "mean validation loss of the last quarter"
 CONTRASTS = (("on", "off"), ("on", "shuffled"))  # those of the primary outcome
@@ -114,6 +116,25 @@ def verdict(r: Row) -> str:
     return (
         f"{what} ({numbers}): no effect found; so many pairs find one of {c.smallest_found:.4f} {r.outcome.unit} "
         f"in {POWER:.0%} of studies."
+    )
+
+
+def same_against_same(arms: dict[str, dict[int, Run]], pairings: int = 1000) -> str | None:
+    """A sentence on comparing `off` with `off` under other seeds: how often an effect is claimed that is not there.
+
+    The `off` runs are paired at random, again and again. Such pairings share runs, so their claims are not independent:
+    the share is a check of the test on real runs, with an uncertainty larger than their number suggests.
+    """
+    values = [last_quarter(run, "val/loss") for run in arms.get("off", {}).values()]
+    n = len(values) // 2
+    if n < FEWEST_PAIRS:
+        return None
+    rng = np.random.default_rng(0)
+    drawn = rng.permuted(np.tile(values, (pairings, 1)), axis=1)
+    claims = np.mean([contrast(row[:n] - row[n : 2 * n]).found for row in drawn])
+    return (
+        f"off against off: of {pairings} random pairings of the {len(values)} runs into {n} pairs, {claims:.1%} claim "
+        f"an effect where there is none; {ALPHA:.0%} are to be expected at most."
     )
 
 

@@ -36,10 +36,11 @@ def subplots(rows: int = 1, columns: int = 1, height: float = 3.2, **options):
     return plt.subplots(rows, columns, figsize=(5.0, height * rows), layout="constrained", **options)
 
 
-def curves(arms: Arms, name: str, label: str, skip: int = 0, log: bool = False, **limits) -> Figure:
+def curves(arms: Arms, name: str, label: str, skip: int = 0, log: bool = False, **limits) -> Figure | None:
     """A metric by arm against the step: the mean over seeds, and a band from the lowest to the highest seed.
 
-    name: a metric, or an ending such as "/js", whose mean over layers is drawn. skip: leave out earlier steps.
+    name: a metric, or an ending such as "/js", whose mean over layers is drawn. skip: leave out earlier steps. None if
+    no run has it.
     """
     figure, axis = subplots()
     for arm, members in arms.items():
@@ -52,6 +53,9 @@ def curves(arms: Arms, name: str, label: str, skip: int = 0, log: bool = False, 
             continue
         axis.plot(steps, values.mean(0), color=COLOURS.get(arm), label=f"{arm} ({len(rows)} seeds)")
         axis.fill_between(steps, values.min(0), values.max(0), color=COLOURS.get(arm), alpha=0.18, linewidth=0)
+    if not axis.lines:
+        plt.close(figure)
+        return None
     axis.set(xlabel="step", ylabel=label, yscale="log" if log else "linear", **limits)
     axis.legend(fontsize=9)
     return figure

@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from comparison import figures
-from comparison.analysis import Row, analyse, conclusion, verdict
+from comparison.analysis import Row, analyse, conclusion, same_against_same, verdict
 from comparison.probe import Probe, probe
 from comparison.runs import Run
 from trainer.errors import UserError
@@ -44,6 +44,12 @@ class Comparison:
     probes: dict[str, list[Probe]]  # by arm, of one seed's models
 
     @property
+    def sentences(self) -> list[str]:
+        """The verdicts in words, one a contrast, and what comparing like with like gives."""
+        like = same_against_same(self.arms)
+        return [verdict(r) for r in self.primary] + ([like] if like else [])
+
+    @property
     def shown(self) -> dict[str, Run]:
         """One run an arm, of the same seed where possible: what per-expert figures show."""
         common = set.intersection(*(set(members) for members in self.arms.values()))
@@ -65,8 +71,11 @@ def compare(
     return comparison
 
 
-def write(out: Path, comparison: Comparison) -> None:
-    """Write report.html, report.md, comparison.json and figures/ into `out`. Raises UserError if it cannot."""
+def write(out: Path, comparison: Comparison) -> dict[str, Path]:
+    """Write report.html, report.md, comparison.json and figures/ into `out`; returns the figures by title.
+
+    Raises UserError if it cannot.
+    """
     try:
         (out / "figures").mkdir(parents=True, exist_ok=True)
         drawn = []
@@ -82,6 +91,7 @@ def write(out: Path, comparison: Comparison) -> None:
         ):
             with whole_file(out / name) as f:
                 f.write(content.encode())
+        return {title: out / name for title, _, name, _ in drawn}
     except OSError as e:
         raise UserError(f"cannot write the report to {out}: {e.strerror}") from None
 
@@ -129,7 +139,7 @@ def as_html(c: Comparison, drawn: list[tuple[str, str, str]]) -> str:
     first = next(iter(c.shown.values()))
     return environment.from_string(template).render(
         conclusion=conclusion(c.primary),
-        verdicts=[verdict(r) for r in c.primary],
+        verdicts=c.sentences,
         counts=_counts(c),
         steps=f"{first.config['max_iters']:,}",
         dataset=first.config["dataset"],
@@ -139,7 +149,7 @@ def as_html(c: Comparison, drawn: list[tuple[str, str, str]]) -> str:
         figures=drawn,
         note=NOTE,
         columns=COLUMNS,
-        rows=[_cells(r) for r in (*c.primary, *c.secondary, *c.check)],
+        rows=[cells(r) for r in (*c.primary, *c.secondary, *c.check)],
         command=c.command,
     )
 
@@ -147,14 +157,14 @@ def as_html(c: Comparison, drawn: list[tuple[str, str, str]]) -> str:
 def as_markdown(c: Comparison, drawn: list[tuple[str, str, str]]) -> str:
     first = next(iter(c.shown.values()))
     lines = ["# Beta on against beta off", "", f"**{conclusion(c.primary)}**", ""]
-    lines += [f"- {verdict(r)}" for r in c.primary]
+    lines += [f"- {sentence}" for sentence in c.sentences]
     lines += ["", f"{_counts(c)}; {first.config['max_iters']:,} steps on {first.config['dataset']}. {date.today()}."]
     if c.left_out:
         lines += ["", "Left out:", "", *(f"- {reason}" for reason in c.left_out)]
     lines += ["", "Settings in which these runs differ:", ""]
     lines += [f"- `{key}`: {', '.join(values)}" for key, values in c.differing.items()]
     lines += ["", "## All contrasts", "", NOTE, "", _table(COLUMNS), _table(["---"] * len(COLUMNS))]
-    lines += [_table(_cells(r)) for r in (*c.primary, *c.secondary, *c.check)]
+    lines += [_table(cells(r)) for r in (*c.primary, *c.secondary, *c.check)]
     for title, caption, path in drawn:
         lines += ["", f"## {title}", "", f"![{title}]({path})", "", caption]
     return "\n".join([*lines, "", "## The command", "", f"    {c.command}"]) + "\n"
@@ -178,7 +188,7 @@ def as_numbers(c: Comparison) -> dict[str, Any]:
         "command": c.command,
         "date": str(date.today()),
         "conclusion": conclusion(c.primary),
-        "verdicts": [verdict(r) for r in c.primary],
+        "verdicts": c.sentences,
         "differing": c.differing,
         "left_out": c.left_out,
         **{name: [plain(r) for r in getattr(c, name)] for name in ("primary", "secondary", "check")},
@@ -191,7 +201,7 @@ def _counts(c: Comparison) -> str:
     return "Runs: " + ", ".join(f"{arm} {len(members)}" for arm, members in c.arms.items())
 
 
-def _cells(r: Row) -> list[str]:
+def cells(r: Row) -> list[str]:
     c = r.contrast
     p = c.p if r.corrected is None else r.corrected
     difference = f"{c.mean:+.4g} {r.outcome.unit}".strip()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def load_run(folder: Path) -> Run:
         raise UserError(f"{folder}: no {Path(e.filename).name}, so this is no run") from None
     except (OSError, ValueError) as e:
         raise UserError(f"{folder}: cannot be read ({e})") from None
-    if not isinstance(config, dict) or not {"seed", "max_iters"} <= config.keys():
+    if not isinstance(config, dict):
         raise UserError(f"{folder}: config.json is not that of a run")
     lines = []
     for number, line in enumerate(text.splitlines(), 1):
@@ -61,13 +61,21 @@ def load_run(folder: Path) -> Run:
             lines.append(values | {"step": int(values["step"])})
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{folder}: line {number} of metrics.jsonl is cut or damaged") from None
+    return checked(Run(folder, config, lines, _decisions(folder / "decisions.jsonl")))
+
+
+def checked(run: Run) -> Run:
+    """The run, if it is finished and its validation losses are numbers. Raises UserError if not."""
+    folder, config, lines = run.folder, run.config, run.lines
+    if not {"seed", "max_iters"} <= config.keys():
+        raise UserError(f"{folder}: its settings are not those of a run")
     step = lines[-1]["step"] if lines else 0
     if step < config["max_iters"]:
         raise UserError(f"{folder}: at step {step} of {config['max_iters']}, still training or stopped")
     losses = [line["val/loss"] for line in lines if "val/loss" in line]
     if not losses or any(loss is None or not math.isfinite(loss) for loss in losses):
         raise UserError(f"{folder}: a validation loss is missing or no number")
-    return Run(folder, config, lines, _decisions(folder / "decisions.jsonl"))
+    return run
 
 
 def _decisions(path: Path) -> list[dict[str, Any]]:
@@ -79,13 +87,16 @@ def _decisions(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path}: cannot be read ({e})") from None
 
 
-def load_runs(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
-    """The runs that can be compared with the first one, and a line for each that cannot, saying why."""
+def load_runs(sources: Iterable[Any], load: Callable[[Any], Run] = load_run) -> tuple[list[Run], list[str]]:
+    """The runs that can be compared with the first one, and a line for each that cannot, saying why.
+
+    sources: folders, or whatever `load` makes a Run of.
+    """
     runs: list[Run] = []
     left_out: list[str] = []
-    for folder in folders:
+    for source in sources:
         try:
-            run = load_run(Path(folder))
+            run = load(source)
         except UserError as e:
             left_out.append(str(e))
             continue
@@ -93,7 +104,7 @@ def load_runs(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
         if different:
             key = different[0]
             theirs, ours = run.config.get(key), runs[0].config.get(key)
-            left_out.append(f"{folder}: {key} is {theirs}, in {runs[0].folder} {ours}")
+            left_out.append(f"{run.folder}: {key} is {theirs}, in {runs[0].folder} {ours}")
         else:
             runs.append(run)
     return runs, left_out

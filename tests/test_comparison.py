@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import compare
-from comparison.analysis import analyse, conclusion, steps_to_loss, verdict
+from comparison.analysis import analyse, conclusion, same_against_same, steps_to_loss, verdict
 from comparison.arms import ARMS
 from comparison.runs import group_into_arms, load_run, load_runs, pairs
 from trainer.errors import UserError
@@ -71,6 +71,14 @@ def test_no_effect_is_said_plainly_with_what_could_have_been_found(tmp_path):
     assert conclusion(primary) == "No effect of beta on the validation loss was found."
     assert "no effect found" in verdict(primary[0])
     assert f"{primary[0].contrast.smallest_found:.4f} nats" in verdict(primary[0])
+
+
+def test_off_against_off_claims_an_effect_in_about_five_of_a_hundred_pairings(tmp_path):
+    runs = load_runs([write_run(tmp_path / f"off{seed}", seed) for seed in range(16)])[0]
+    said = same_against_same(group_into_arms(runs)[0])
+    assert "16 runs into 8 pairs" in said
+    assert float(said.split("pairs, ")[1].split("%")[0]) < 9
+    assert same_against_same(group_into_arms(runs[:11])[0]) is None
 
 
 def test_five_pairs_get_no_verdict(tmp_path):
@@ -222,3 +230,65 @@ def test_arms_differ_from_on_only_in_what_drives_beta():
     driver = {"chrono_beta", "chrono_signal"}
     assert set(ARMS["off"]) | set(ARMS["on"]) | set(ARMS["shuffled"]) == driver
     assert ARMS["load"]["use_aux_loss"] is False and ARMS["load"]["chrono_gates"] == "clean"
+
+
+class FakeRun:
+    """A finished run as wandb.Api gives it."""
+
+    job_type = "beta_on"
+
+    def __init__(self, folder):
+        run = load_run(folder)
+        self.name, self.config, self.rows = folder.name, run.config | {"_wandb": {}}, run.lines
+
+    def scan_history(self):
+        return iter([row | {"_step": row["step"], "_timestamp": 1.0, "note": "x"} for row in reversed(self.rows)])
+
+
+def test_runs_from_wandb_compare_as_those_on_disk(tmp_path, monkeypatch, capsys):
+    import wandb
+
+    folders = [write_run(tmp_path / f"off{seed}", seed) for seed in range(6)]
+    folders += [write_run(tmp_path / f"on{seed}", seed, -0.2, **ON) for seed in range(6)]
+    fakes = [FakeRun(folder) for folder in folders]
+    unfinished = FakeRun(folders[0])
+    unfinished.rows = unfinished.rows[:3]
+    comparison = FakeRun(folders[0])
+    comparison.job_type = "comparison"
+    monkeypatch.setattr(
+        wandb, "Api", lambda: type("Api", (), {"runs": lambda self, _: [*fakes, unfinished, comparison]})()
+    )
+    monkeypatch.chdir(tmp_path)
+    assert compare.main(["--wandb=entity/project"]) == 0
+    said = capsys.readouterr().out
+    assert "Beta lowers the validation loss" in said and "still training or stopped" in said
+    theirs = json.loads((tmp_path / "out" / "wandb_comparison" / "comparison.json").read_text())
+    compare.main([str(folder) for folder in folders])
+    ours = json.loads((tmp_path / "comparison.json").read_text())
+    assert theirs["primary"] == ours["primary"]
+
+
+def test_wandb_that_does_not_answer_gets_one_line(monkeypatch):
+    import wandb
+
+    def fail():
+        raise ConnectionError("no\nnetwork")
+
+    monkeypatch.setattr(wandb, "Api", fail)
+    with pytest.raises(UserError) as error:
+        compare.main(["--wandb=entity/project"])
+    assert "entity/project" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_comparison_is_an_offline_wandb_run_of_its_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    folders = [
+        write_run(tmp_path / f"{arm}{seed}", seed, **(ON if arm == "on" else {}))
+        for arm in ("on", "off")
+        for seed in (1, 2)
+    ]
+    assert compare.main([*map(str, folders), "--wandb_log=True"]) == 0
+    assert "wandb sync" in capsys.readouterr().out
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    images = list((folder / "files" / "media" / "images").rglob("*.png"))
+    assert len(images) >= 4 and list((folder / "files" / "media" / "table").rglob("*.json"))

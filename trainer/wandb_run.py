@@ -51,22 +51,26 @@ class WandbRun:
 
     def log(self, values: dict[str, float | None]) -> None:
         """One step's values, which hold `step`."""
-        if self.run is not None:
-            try:
-                self.run.log({k: v for k, v in values.items() if v is not None}, step=int(values["step"]))
-            except Exception as e:
-                self._fail("log", e)
+        numbers = {k: v for k, v in values.items() if v is not None}
+        self.attempt("log", lambda wandb, run: run.log(numbers, step=int(values["step"])))
 
     def finish(self) -> None:
-        if self.run is not None:
-            try:
-                self.run.finish()
-            except Exception as e:
-                self._fail("finish", e)
+        self.attempt("finish", lambda wandb, run: run.finish())
+
+    def attempt(self, doing: str, action: Callable[[Any, Any], Any]) -> None:
+        """action(wandb, run), if W&B still works; its failure is said."""
+        if self.run is None:
+            return
+        import wandb
+
+        try:
+            action(wandb, self.run)
+        except Exception as e:
+            self._fail(doing, e)
 
     def _fail(self, doing: str, e: Exception) -> None:
         self.run = None
-        self.say(f"W&B: could not {doing} ({type(e).__name__}: {first_line(e)}); training goes on without it")
+        self.say(f"W&B: could not {doing} ({type(e).__name__}: {first_line(e)}); going on without it")
 
 
 def _mode(wandb: Any) -> tuple[str, str]:

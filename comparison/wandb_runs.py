@@ -1,0 +1,66 @@
+"""The comparison in Weights & Biases: runs read from a project, and the comparison logged as a run of its own."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from comparison.analysis import conclusion
+from comparison.report import COLUMNS, Comparison, cells
+from comparison.runs import Run, checked
+from trainer.errors import UserError, first_line
+from trainer.wandb_run import WandbRun
+
+
+def fetch(project: str) -> list[Any]:
+    """The runs of `entity/project`, but for comparisons. Raises UserError if they cannot be had."""
+    import wandb
+
+    try:
+        return [run for run in wandb.Api().runs(project) if run.job_type != "comparison"]
+    except Exception as e:
+        raise UserError(f"--wandb={project}: W&B did not answer ({type(e).__name__}: {first_line(e)})") from None
+
+
+def load(source: Any) -> Run:
+    """A Run from one of wandb's. Prune proposals and checkpoints are on disk only, so it has none."""
+    try:
+        config = {key: value for key, value in source.config.items() if not key.startswith("_")}
+        lines = [plain(row) for row in source.scan_history() if row.get("step") is not None]
+    except Exception as e:
+        raise UserError(f"W&B run {source.name}: cannot be read ({type(e).__name__}: {first_line(e)})") from None
+    lines.sort(key=lambda line: line["step"])
+    return checked(Run(Path(source.name), config, lines, decisions=[]))
+
+
+def plain(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of W&B's history as a line of metrics.jsonl: numbers alone, without W&B's own columns."""
+    numbers = {k: v for k, v in row.items() if not k.startswith("_") and isinstance(v, (int, float))}
+    values = {k: v if math.isfinite(v) else None for k, v in numbers.items()}
+    return values | {"step": int(row["step"])}
+
+
+def log(out: Path, comparison: Comparison, drawn: dict[str, Path]) -> None:
+    """Log the verdict, the table and the figures as a run with job type `comparison`."""
+    config = next(iter(comparison.shown.values())).config
+    run = WandbRun(
+        print,
+        out,
+        project=config.get("wandb_project", "nano-chronomoe"),
+        name=f"comparison {out.name}",
+        job_type="comparison",
+        config={"command": comparison.command, "differing": comparison.differing},
+    )
+    run.attempt("log", lambda wandb, r: r.log(_content(wandb, comparison, drawn)))
+    run.finish()
+
+
+def _content(wandb: Any, comparison: Comparison, drawn: dict[str, Path]) -> dict[str, Any]:
+    rows = [cells(r) for r in (*comparison.primary, *comparison.secondary, *comparison.check)]
+    sentences = [conclusion(comparison.primary), *comparison.sentences]
+    return {
+        "contrasts": wandb.Table(columns=COLUMNS, data=rows),
+        "verdict": wandb.Table(columns=["verdict"], data=[[sentence] for sentence in sentences]),
+        **{f"figures/{title}": wandb.Image(str(path)) for title, path in drawn.items()},
+    }
