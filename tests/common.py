@@ -31,14 +31,14 @@ def tokens(seed: int, batch: int = 8, model: GPT | None = None) -> tuple[torch.T
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
-def train_step(model, loop, optimizer, batches, forward=None) -> float:
-    """One optimizer step over micro-batches [(idx, targets), ...] and the loop's; returns the mean loss."""
+def train_step(model, loop, optimizer, batches, forward=None) -> torch.Tensor:
+    """One optimizer step over micro-batches [(idx, targets), ...] and the loop's; returns the mean loss, []."""
     forward = model if forward is None else forward
-    total, losses = None, 0.0
+    total, losses = None, 0
     for idx, targets in batches:
         _, loss, trace = forward(idx, targets, return_trace=True)
         (loss / len(batches)).backward()
-        losses += loss.item() / len(batches)
+        losses = losses + loss.detach() / len(batches)
         total = trace if total is None else total + trace
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.found_inf = found_inf = (~norm.isfinite()).float()

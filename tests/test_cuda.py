@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from common import chrono
+from common import chrono, train_step
 
 import train
 from chronomoe import ChronoLoop
@@ -28,15 +28,11 @@ def batches(steps, seed=0):
 
 
 def step(model, loop, optimizer, x, y):
-    with torch.autocast("cuda", dtype=torch.bfloat16):
-        _, loss, trace = model(x, y, return_trace=True)
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.found_inf = found_inf = (~norm.isfinite()).float()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    loop.step(trace, found_inf)
-    return loss.detach()
+    def forward(*args, **kwargs):
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            return model(*args, **kwargs)
+
+    return train_step(model, loop, optimizer, [(x, y)], forward)
 
 
 def run(steps=20):

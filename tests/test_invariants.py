@@ -106,7 +106,7 @@ def test_compiled_without_graph_breaks_it_trains_as_eager_does(monkeypatch):
         draw_beta(model, size=0.3)
         forward = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
         optimizer = adamw(model)
-        losses = [train_step(model, loop, optimizer, [tokens(step)], forward) for step in range(3)]
+        losses = [train_step(model, loop, optimizer, [tokens(step)], forward).item() for step in range(3)]
         runs.append((losses, loop_state(loop)))
     assert runs[0][0] == pytest.approx(runs[1][0], rel=1e-5)
     for name, value in runs[0][1].items():
