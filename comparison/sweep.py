@@ -99,6 +99,7 @@ def train_all(jobs: list[Job], parallel: int) -> list[Job]:
                 process.terminate()
             for process in running:
                 process.wait()
+            bar.write("stopped, and the runs under way are saved: the same command goes on")
             raise
     return failed
 
