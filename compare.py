@@ -2,7 +2,7 @@
 
     python compare.py config/study.py --seeds=8              train what is not there yet, then report
     python compare.py config/study.py --seeds=8 --arms=off,on --jobs=2 --chrono_eta=1e-3 --out_dir=out/eta
-    python compare.py out/vertical_slice out/beta_off ...    compare runs that exist
+    python compare.py out/vertical_slice out/beta_off ...    compare runs that exist; --out_dir= for the report
     python compare.py --wandb=entity/project                 compare the runs of a W&B project
 
 Arms: off, on, shuffled (a placebo: beta follows another expert's coherence) and load (the load-balancing bias). Runs
@@ -29,6 +29,8 @@ try:
 except ModuleNotFoundError as e:
     sys.exit(f"error: comparing needs {e.name}: pip install -r requirements-compare.txt")
 
+STUDY = ("seeds", "arms", "jobs")  # options of training a study
+
 
 def main(arguments: list[str]) -> int:
     """Returns the exit status: 0, or 1 where a run of the study failed."""
@@ -36,28 +38,26 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return 0
     own, rest = own_options(arguments)
-    wandb_log = "--wandb_log=True" in rest
     folders = [a for a in rest if not a.startswith("-") and not a.endswith(".py")]
-    failed = []
+    wandb_log, failed = "--wandb_log=True" in rest, []
     if "wandb" in own:
-        out, sources = Path("out") / "wandb_comparison", wandb_runs.fetch(own["wandb"])
+        sources, out = wandb_runs.fetch(own["wandb"]), Path("out") / "wandb_comparison"
     elif folders:
-        rest = [a for a in rest if a != "--wandb_log=True"]
-        wrong = [a for a in rest if a not in folders] + [f"--{name}" for name in own]
+        wrong = [a for a in rest if a not in folders and a != "--wandb_log=True"] + [
+            f"--{n}" for n in own if n in STUDY
+        ]
         if wrong:
             raise UserError(f"{wrong[0]}: give a config file to train, or folders of runs to compare, not both")
-        out, sources = Path(os.path.commonpath([os.path.abspath(f) for f in folders])), map(Path, folders)
-        out = out.parent if len(folders) == 1 else out
+        sources, out = map(Path, folders), Path(os.path.commonpath([os.path.abspath(f) for f in folders]))
     else:
         settings = setting.from_arguments(rest)
         arms = own.get("arms", ",".join(ARMS)).split(",")
         seeds, jobs = whole_number(own, "seeds", 8), whole_number(own, "jobs", os.cpu_count() or 1)
-        passed_on = [a for a in rest if not a.startswith("--out_dir=")]
-        planned = sweep.plan(passed_on, settings, arms, seeds)
-        print(f"{len(planned)} runs: {', '.join(arms)}, {seeds} seeds; {jobs} at a time, in {settings.out_dir}")
+        out, wandb_log = Path(own.get("out_dir", settings.out_dir)), settings.wandb_log
+        planned = sweep.plan(rest, out, settings.max_iters, arms, seeds)
+        print(f"{len(planned)} runs: {', '.join(arms)}, {seeds} seeds; {jobs} at a time, in {out}")
         failed = sweep.train_all(planned, jobs)
-        wandb_log = settings.wandb_log
-        out, sources = Path(settings.out_dir), [job.out_dir for job in planned]
+        sources = [job.out_dir for job in planned]
 
     runs, left_out = load_runs(sources, wandb_runs.load if "wandb" in own else load_run)
     if len(runs) < 2:
@@ -65,6 +65,7 @@ def main(arguments: list[str]) -> int:
     arms_found, differing, doubles = group_into_arms(runs)
     command = shlex.join(["python", "compare.py", *arguments])
     comparison = report.compare(arms_found, differing, left_out + doubles, command)
+    out = Path(own.get("out_dir", out))
     drawn = report.write(out, comparison)
     if wandb_log:
         wandb_runs.log(out, comparison, drawn)
@@ -76,11 +77,11 @@ def main(arguments: list[str]) -> int:
 
 
 def own_options(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
-    """--seeds, --arms, --jobs and --wandb, and the arguments that are train.py's or folders."""
+    """--seeds, --arms, --jobs, --wandb and --out_dir, and the arguments that are train.py's or folders."""
     own, rest = {}, []
     for argument in arguments:
         name, equals, value = argument.removeprefix("--").partition("=")
-        if argument.startswith("--") and equals and name in ("seeds", "arms", "jobs", "wandb"):
+        if argument.startswith("--") and equals and name in (*STUDY, "wandb", "out_dir"):
             own[name] = value
         elif argument.startswith(("--seed=", "--init_from=")):
             raise UserError(f"{argument}: the study sets this itself; give --seeds=N")

@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from comparison.arms import ARMS
 from trainer.errors import UserError
-from trainer.settings import Settings
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 LOG = "train.log"
@@ -51,8 +50,11 @@ class Job:
         return [sys.executable, str(TRAIN), *self.arguments, *own]
 
 
-def plan(config: list[str], settings: Settings, arms: list[str], seeds: int) -> list[Job]:
-    """The study's runs, seed by seed, so that whole pairs are there early. Raises UserError for an unknown arm."""
+def plan(arguments: list[str], out: Path, steps: int, arms: list[str], seeds: int) -> list[Job]:
+    """The study's runs, seed by seed, so that whole pairs are there early. Raises UserError for an unknown arm.
+
+    arguments: train.py's, for all arms; what an arm sets itself wins.
+    """
     unknown = [arm for arm in arms if arm not in ARMS]
     if unknown:
         raise UserError(f"--arms: there is no arm {unknown[0]!r}; there are {', '.join(ARMS)}")
@@ -60,9 +62,9 @@ def plan(config: list[str], settings: Settings, arms: list[str], seeds: int) -> 
         Job(
             arm,
             seed,
-            Path(settings.out_dir) / f"{arm}_seed{seed}",
-            [*config, *(f"--{key}={value}" for key, value in ARMS[arm].items())],
-            settings.max_iters,
+            out / f"{arm}_seed{seed}",
+            [*arguments, *(f"--{key}={value}" for key, value in ARMS[arm].items())],
+            steps,
         )
         for seed in range(1, seeds + 1)
         for arm in arms
