@@ -23,6 +23,7 @@ import torch
 from chronomoe import ChronoConfig, ChronoLoop
 from model import GPT, MLP, GPTConfig, MOELayer
 from trainer.errors import run
+from trainer.guard import NonFiniteGuard
 from trainer.settings import read_config_file
 
 sys.path.insert(0, str(Path(__file__).parent / "tests"))
@@ -81,6 +82,7 @@ def slice_step(device: torch.device, steps_on: bool) -> Callable[[], object]:
     config = GPTConfig(vocab_size=257, bias=False, chrono=ChronoConfig(**steps), **shape)
     model = GPT(config, torch.Generator().manual_seed(0)).to(device)
     loop = ChronoLoop(model.router_state, config.moe_blocks)
+    guard = NonFiniteGuard(model)
     optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.99), device.type)
     ids = torch.randint(257, (keys["batch_size"], config.block_size + 1), generator=torch.Generator().manual_seed(1))
     ids = ids.to(device)
@@ -90,8 +92,9 @@ def slice_step(device: torch.device, steps_on: bool) -> Callable[[], object]:
         with autocast(device):
             _, loss, trace = model(idx, targets, return_trace=True)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.found_inf = found_inf = (~norm.isfinite()).float()
+        norms = guard.norms()
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), 1.0, torch.linalg.vector_norm(norms))
+        optimizer.found_inf = found_inf = guard.check(trace, norms, 1)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         loop.step(trace, found_inf)

@@ -8,11 +8,14 @@ python train.py --help
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import socket
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,55 +23,62 @@ from chronomoe import ChronoConfig, ChronoLoop
 from chronomoe.bridge import bias_needed, reach
 from model import GPT, GPTConfig
 from trainer import checkpoint as checkpoints
+from trainer import resume
 from trainer import settings as setting
 from trainer.data import EVAL_SEED, SPLITS, TokenData, open_dataset
-from trainer.errors import UserError, run
+from trainer.errors import UserError, first_line, run
+from trainer.guard import NonFiniteGuard, Skipped
+from trainer.lock import held
 from trainer.runlog import RunLog, surroundings
 from trainer.settings import Settings
 from trainer.signals import caught_signals
 
-# Of a checkpoint's model_args what fixes its weights and its routing; the rest comes from the settings.
-KEPT_ON_RESUME = (
-    *("n_layer", "n_head", "n_embd", "block_size", "bias", "n_exp", "stride", "use_noisy_top_k"),
-    *("top_k", "train_capacity", "eval_capacity", "min_capacity"),
-)
+MOST_SKIPPED = 10  # steps skipped in a row that end a run
 
 
 def main(arguments: list[str]) -> int:
-    """Train as the arguments say. Returns the exit status: 0, or 128 + its number after a signal."""
+    """Train as the arguments say. Returns the exit status: 0, 1 if the run failed, 128 + its number after a signal."""
     if "--help" in arguments or "-h" in arguments:
         print(setting.help_text())
         return 0
-    settings = setting.from_arguments(arguments)
-    with caught_signals() as caught:
-        train(settings, caught)
-    return 128 + caught[0] if caught else 0
+    given = setting.given(arguments)
+    with caught_signals() as caught, contextlib.ExitStack() as closing:
+        try:
+            failed = train(given, caught, closing)
+        except torch.OutOfMemoryError as e:
+            raise UserError(
+                f"{first_line(e).split(' Tried')[0]} Lower batch_size and raise gradient_accumulation_steps by as much"
+            ) from None
+    return 128 + caught[0] if caught else int(failed)
 
 
-def train(s: Settings, caught: list[int]) -> None:
-    """Run the training that the settings describe, until its end or until a signal is in `caught`."""
+def train(given: dict[str, Any], caught: list[int], closing: contextlib.ExitStack) -> bool:
+    """Train as the keys say, until the end or until a signal is in `caught`. Returns whether the run failed."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("train.py runs on one process: start it with python, not with torchrun")
+    out_dir = resume.folder(given)
+    if not given.get("eval_only"):
+        closing.enter_context(held(out_dir))
+    start = resume.begin(given)
+    s, saved = start.settings, start.saved
     device = pick_device(s)
     autocast = pick_precision(s, device)
-    saved = checkpoints.load(Path(s.out_dir), device) if s.init_from == "resume" else None
-    notes = []
-    if saved is not None:
-        s, notes = settings_on_resume(s, saved)
     data = open_dataset(s.dataset, s.block_size)
+    files = data.fingerprint(saved.get("data") if saved else None)
+    if saved:
+        resume.check_data(saved, s.dataset, files)
     model, optimizer, loop = build(s, data, device, saved)
+    guard = NonFiniteGuard(model)
     scaler = torch.amp.GradScaler(device.type, enabled=s.dtype == "float16")
-    step, best_val_loss, wandb_id = 0, math.inf, None
     torch.manual_seed(s.seed)  # dropout and router noise draw from the global generator
-    if saved is not None:
-        step, best_val_loss = saved["iter_num"], float(saved["best_val_loss"])
-        wandb_id = saved.get("wandb_id")
-        if "random" in saved:
-            checkpoints.restore_random_state(saved["random"], device)
-        if saved.get("scaler"):  # empty where the saved run needed none
-            scaler.load_state_dict(saved["scaler"])
+    step, best_val_loss, unfinished = 0, math.inf, {"step": 0}
+    lines = wandb_id = None
+    if saved:
+        resume.restore(saved, out_dir / checkpoints.NAME, model, optimizer, loop, guard, scaler)
+        step, best_val_loss, unfinished = saved["iter_num"], resume.best_loss(saved), saved.get("unfinished")
+        lines, wandb_id = saved.get("lines"), saved.get("wandb_id")
         loop.began_at = step - loop.coherence.step.item()
-    fresh, saved = saved is None, None  # free its memory
+    resumed, saved, start.saved = saved is not None, None, None  # free its memory
     forward = model
     if s.compile:
         torch._dynamo.config.capture_scalar_outputs = True  # the loop over experts reads their token counts
@@ -81,56 +91,78 @@ def train(s: Settings, caught: list[int]) -> None:
         return x.to(device), y.to(device)
 
     @torch.no_grad()
-    def evaluate() -> float:
-        """Mean cross-entropy over the fixed validation batches, nats per token."""
+    def evaluate() -> float | None:
+        """Mean cross-entropy over the fixed validation batches, nats per token; None if a signal cut it short."""
         model.eval()
         total = torch.zeros((), device=device)
         for i in range(s.eval_iters):
+            if caught:
+                break
             with autocast():
                 total += forward(*batch("val", EVAL_SEED, 0, i))[1]
         model.train()
-        return total.item() / s.eval_iters
+        return None if caught else total.item() / s.eval_iters
 
     if s.eval_only:
-        print(f"validation loss at step {step}: {evaluate():.4f} nats per token, over {s.eval_iters} batches")
-        return
-    log = RunLog(s, s.flat() | surroundings(data.meta), start=step, wandb_id=wandb_id)
-    for line in introduction(s, model, data, device) + notes:
-        log.say(line)
+        for note in start.notes:
+            print(note)
+        loss = evaluate()
+        if loss is not None:
+            print(f"validation loss at step {step}: {loss:.4f} nats per token, over {s.eval_iters} batches")
+        return False
 
-    def save(step: int) -> None:
-        log.decide(loop.report())  # what is saved as reported is in the file
+    checkpoints.set_aside(start.damaged)
+    around = surroundings()
+    resolved = s.flat() | around | {"data_sha256": {name: f["sha256"] for name, f in files.items()}}
+    this_start = {"step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "changed": start.changed}
+    log = RunLog(s, resolved, this_start | around | {"host": socket.gethostname()}, step, lines, wandb_id)
+    closing.callback(log.close, caught)
+    for line in introduction(s, model, data, device) + start.notes:
+        log.say(line)
+    keeper = checkpoints.Keeper(out_dir, log.say, log.sync, s.checkpoint_interval, s.checkpoint_minutes)
+    closing.callback(keeper.wait)
+    keeper.saved_step = step if resumed and not start.damaged else None
+
+    def save(best: bool = False) -> None:
         state = {
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
             "chrono": loop.state_dict(),
+            "guard": guard.state_dict(),
             "scaler": scaler.state_dict(),
             "random": checkpoints.random_state(device),
             "model_args": model_args(model.config),
             "iter_num": step,
             "best_val_loss": best_val_loss,
+            "unfinished": unfinished,
             "config": s.flat(),
+            "data": files,
+            "lines": log.lines,
             "wandb_id": log.wandb_id,
         }
-        checkpoints.save(Path(s.out_dir), state)
+        keeper.save(state, best)
 
-    def check(step: int) -> dict[str, float]:
-        """Evaluate, and save if it is time to."""
-        nonlocal best_val_loss
+    def check() -> None:
+        """Complete the unfinished line with an evaluation, write it, and save if it is time to."""
+        nonlocal best_val_loss, unfinished
         val_loss = evaluate()
+        if val_loss is None:
+            return
         better = val_loss < best_val_loss
         if better:  # not min(): a loss may be no number
             best_val_loss = val_loss
+        line, unfinished = unfinished | {"val/loss": val_loss}, None
+        log.write(line)
         if step > 0 and (better or s.always_save_checkpoint):
-            save(step)
-        return {"val/loss": val_loss}
+            save(best=better)
 
+    failure = None
     model.train()
-    if fresh:
-        log.write({"step": step} | check(step))
+    if unfinished:
+        check()
     timer, timed_from = time.perf_counter(), step
     # `step` counts optimizer steps done, so a line of step 1 tells of the first.
-    while step < s.max_iters and not caught:
+    while step < s.max_iters and not caught and failure is None:
         lr = learning_rate(s, step)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -142,9 +174,11 @@ def train(s: Settings, caught: list[int]) -> None:
             scaler.scale(loss / s.gradient_accumulation_steps).backward()
             total = trace if total is None else total + trace
         scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
-        # A gradient that is not finite: the optimizer skips the step and the loop its observation, on the device.
-        optimizer.found_inf = found_inf = (~grad_norm.isfinite()).float()
+        norms = guard.norms()
+        grad_norm = torch.linalg.vector_norm(norms)
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), s.grad_clip or math.inf, grad_norm)
+        # Where loss or gradient is not finite the optimizer skips the step and the loop its observation, on the device.
+        optimizer.found_inf = found_inf = guard.check(total, norms, step + 1)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -152,40 +186,41 @@ def train(s: Settings, caught: list[int]) -> None:
         step += 1
         log.tick()
 
-        values: dict[str, float | None] = {}
+        line: dict[str, float | None] = {"step": step}
         if step % s.log_interval == 0 or step == s.max_iters:
             ms = (time.perf_counter() - timer) * 1000 / (step - timed_from)
-            values |= step_values(s, total, lr, grad_norm, ms, step) | loop.read()
+            line |= step_values(s, total, lr, grad_norm, ms, step) | {"train/skipped": guard.total.item()} | loop.read()
             log.decide(loop.report())
+            skipped = guard.report()
+            if skipped is not None:
+                log.say(f"step {step}: {skipped.line()}")
+                if skipped.in_a_row >= MOST_SKIPPED:
+                    failure = skipped
         if step % s.eval_interval == 0 or step == s.max_iters:
-            values |= check(step)
-        if values:
-            log.write({"step": step} | values)
+            unfinished = line
+            check()
+        elif len(line) > 1:
+            log.write(line)
+        if len(line) > 1:
             timer, timed_from = time.perf_counter(), step
+        if keeper.due(step):
+            save()
 
-    if caught and step < s.max_iters:
-        save(step)
-    log.close()
-    for line in farewell(s, step, best_val_loss, stopped=step < s.max_iters):
-        print(line)
-
-
-def settings_on_resume(s: Settings, saved: dict) -> tuple[Settings, list[str]]:
-    """The settings to go on with, the model's shape from the checkpoint, and a line on each that differs."""
-    asked = s.flat()
-    kept = {key: value for key, value in saved["model_args"].items() if key in KEPT_ON_RESUME and value != asked[key]}
-    before = saved.get("config", {}) | kept
-    s = setting.from_values(asked | kept)
-    notes = [f"resume: {key}={kept[key]} as in the checkpoint, not {asked[key]}" for key in kept]
-    for key, value in s.flat().items():
-        if key in before and before[key] != value and key not in ("init_from", "out_dir"):
-            notes.append(f"resume: {key}={value}, before {before[key]}")
-    return s, notes
+    keeper.wait()
+    if (caught or step > 0 or unfinished) and (keeper.saved_step != step or unfinished):
+        save()
+        keeper.wait()
+    log.close(caught)
+    for text in farewell(s, step, best_val_loss, keeper, failure):
+        print(text)
+    return failure is not None or keeper.failure is not None
 
 
 def build(s: Settings, data: TokenData, device: torch.device, saved: dict | None) -> tuple:
-    """(model, optimizer, loop) on `device`, new from the seed or as saved. Raises UserError if they do not fit."""
-    vocab_size = saved["model_args"]["vocab_size"] if saved else data.vocab_size
+    """(model, optimizer, loop) on `device`, new from the seed. Raises UserError if data and checkpoint do not fit."""
+    vocab_size = saved["model_args"].get("vocab_size") if saved else data.vocab_size
+    if not isinstance(vocab_size, int):
+        raise UserError(f"the checkpoint in {s.out_dir} does not say its vocab_size")
     if vocab_size < data.vocab_size:
         raise UserError(
             f"the checkpoint knows {vocab_size} tokens, the dataset {s.dataset} has {data.vocab_size}: "
@@ -194,20 +229,6 @@ def build(s: Settings, data: TokenData, device: torch.device, saved: dict | None
     model = GPT(GPTConfig(**s.model_args(vocab_size)), torch.Generator().manual_seed(s.seed)).to(device)
     loop = ChronoLoop(model.router_state, model.config.moe_blocks, seed=s.seed)
     optimizer = model.configure_optimizers(s.weight_decay, s.learning_rate, (s.beta1, s.beta2), device.type)
-    if saved is None:
-        return model, optimizer, loop
-    try:
-        # nanoMoE saves compiled models under a prefix, and knows no router_state
-        weights = {name.removeprefix("_orig_mod."): value for name, value in saved["model"].items()}
-        model.load_state_dict(model.router_state.state_dict(prefix="router_state.") | weights)
-        # the fused step is the one that can be skipped on the device
-        fused = [group | {"fused": True, "foreach": None} for group in saved["optimizer"]["param_groups"]]
-        optimizer.load_state_dict(saved["optimizer"] | {"param_groups": fused})
-        if "chrono" in saved:
-            loop.load_state_dict(saved["chrono"])
-    except (RuntimeError, ValueError, KeyError) as e:
-        reason = " ".join(str(e).split())
-        raise UserError(f"{Path(s.out_dir) / checkpoints.NAME} does not fit its own settings: {reason}") from None
     return model, optimizer, loop
 
 
@@ -316,15 +337,23 @@ def reach_line(chrono: ChronoConfig) -> str:
     )
 
 
-def farewell(s: Settings, step: int, best_val_loss: float, stopped: bool) -> list[str]:
-    """Where the run is and what to do with it."""
+def farewell(s: Settings, step: int, best: float, keeper: checkpoints.Keeper, failure: Skipped | None) -> list[str]:
+    """How the run ended, where it is and what to do with it."""
     out = Path(s.out_dir)
-    lines = [
-        f"{'stopped' if stopped else 'done'} at step {step}, best validation loss {best_val_loss:.4f} nats per token"
-    ]
-    names = ["config.json", "metrics.jsonl", "decisions.jsonl", checkpoints.NAME]
+    stopped = step < s.max_iters
+    lines = []
+    if failure is not None:
+        lines.append(
+            f"ended: in the last {failure.in_a_row} steps loss or gradient was not finite, and the weights are those "
+            "of before. Try a lower learning_rate, a grad_clip, another dtype than float16, or an older checkpoint"
+        )
+    lines.append(f"{'stopped' if stopped else 'done'} at step {step}, best validation loss {best:.4f} nats per token")
+    if keeper.failure is not None:
+        newest = "there is no checkpoint" if keeper.saved_step is None else f"the newest is of step {keeper.saved_step}"
+        lines.append(f"the state of step {step} is not saved ({keeper.failure}); {newest}")
+    names = ["config.json", "metrics.jsonl", "decisions.jsonl", checkpoints.NAME, checkpoints.BEST]
     lines.append(f"the run is in {out}: {', '.join(name for name in names if (out / name).exists())}")
-    if stopped:
+    if stopped and checkpoints.exists(out):
         lines.append("to go on: repeat the command with --init_from=resume")
     return lines
 

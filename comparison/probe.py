@@ -32,7 +32,7 @@ class Probe:
 
 def load_model(folder: Path) -> tuple[GPT, TokenData]:
     """A run's trained model in eval mode, on the CPU, and its data. Raises UserError if there is no checkpoint."""
-    saved = checkpoint.load(folder, torch.device("cpu"))
+    saved = checkpoint.newest(folder)[0]
     config = saved["config"]
     steps = {name.removeprefix(PREFIX): value for name, value in config.items() if name.startswith(PREFIX)}
     model = GPT(GPTConfig(**saved["model_args"], chrono=ChronoConfig(**steps)))

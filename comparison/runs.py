@@ -13,7 +13,10 @@ from comparison.arms import ARMS, arm_of
 from trainer.errors import UserError
 
 # What may differ between runs of one arm: names and places, not what is computed.
-NAMES = {"out_dir", "seed", "init_from", "wandb_log", "wandb_project", "wandb_run_name", "log_interval"}
+NAMES = {
+    *("out_dir", "seed", "init_from", "wandb_log", "wandb_project", "wandb_run_name", "log_interval", "history"),
+    *("checkpoint_interval", "checkpoint_minutes", "always_save_checkpoint"),
+}
 # What a run's bits depend on beside its settings: told when it differs, no reason to refuse.
 SURROUNDINGS = {"threads", "python", "torch", "platform", "git_commit", "device", "dtype", "compile"}
 # Runs that differ in one of these answer different questions.
@@ -72,10 +75,21 @@ def checked(run: Run) -> Run:
     step = lines[-1]["step"] if lines else 0
     if step < config["max_iters"]:
         raise UserError(f"{folder}: at step {step} of {config['max_iters']}, still training or stopped")
+    changed = _changed_on_the_way(config)
+    if changed:
+        raise UserError(f"{folder}: it was resumed with another {', '.join(changed)}, so it is no run of one setting")
     losses = [line["val/loss"] for line in lines if "val/loss" in line]
     if not losses or any(loss is None or not math.isfinite(loss) for loss in losses):
         raise UserError(f"{folder}: a validation loss is missing or no number")
     return run
+
+
+def _changed_on_the_way(config: dict[str, Any]) -> list[str]:
+    """Settings that a resumed run was given anew and that what it computes depends on."""
+    history = config.get("history")
+    starts = [start for start in history if isinstance(start, dict)] if isinstance(history, list) else []
+    keys = {key for start in starts for key in start.get("changed", {})}
+    return sorted(keys - NAMES - SURROUNDINGS - {"max_iters", "eval_only", "backend"})
 
 
 def _decisions(path: Path) -> list[dict[str, Any]]:

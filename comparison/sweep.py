@@ -44,9 +44,7 @@ class Job:
         return self.done >= self.steps
 
     def command(self) -> list[str]:
-        saved = (self.out_dir / "ckpt.pt").exists()
-        start = "resume" if saved else "scratch"
-        own = [f"--seed={self.seed}", f"--out_dir={self.out_dir}", f"--init_from={start}"]
+        own = [f"--seed={self.seed}", f"--out_dir={self.out_dir}", "--init_from=auto"]
         return [sys.executable, str(TRAIN), *self.arguments, *own]
 
 
@@ -108,8 +106,6 @@ def train_all(jobs: list[Job], parallel: int) -> list[Job]:
 
 def _start(job: Job, environment: dict[str, Any]) -> subprocess.Popen:
     job.out_dir.mkdir(parents=True, exist_ok=True)
-    if not (job.out_dir / "ckpt.pt").exists():
-        (job.out_dir / "metrics.jsonl").unlink(missing_ok=True)  # stopped before its first checkpoint
     with (job.out_dir / LOG).open("ab") as log:
         # its own session: Ctrl-C reaches it through us, once
         return subprocess.Popen(

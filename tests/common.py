@@ -6,6 +6,7 @@ import torch
 
 from chronomoe import ChronoConfig, ChronoLoop
 from model import GPT, GPTConfig
+from trainer.guard import NonFiniteGuard
 
 ALL_STEPS = dict(router=True, coherence=True, beta=True, bridge=True, lifecycle=True)
 SHAPE = dict(block_size=16, vocab_size=64, n_layer=4, n_head=2, n_embd=32, bias=False, n_exp=8, top_k=2, stride=2)
@@ -31,17 +32,19 @@ def tokens(seed: int, batch: int = 8, model: GPT | None = None) -> tuple[torch.T
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
-def train_step(model, loop, optimizer, batches, forward=None) -> torch.Tensor:
+def train_step(model, loop, optimizer, batches, forward=None, guard=None) -> torch.Tensor:
     """One optimizer step over micro-batches [(idx, targets), ...] and the loop's; returns the mean loss, []."""
     forward = model if forward is None else forward
+    guard = NonFiniteGuard(model) if guard is None else guard
     total, losses = None, 0
     for idx, targets in batches:
         _, loss, trace = forward(idx, targets, return_trace=True)
         (loss / len(batches)).backward()
         losses = losses + loss.detach() / len(batches)
         total = trace if total is None else total + trace
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.found_inf = found_inf = (~norm.isfinite()).float()
+    norms = guard.norms()
+    torch.nn.utils.clip_grads_with_norm_(model.parameters(), 1.0, torch.linalg.vector_norm(norms))
+    optimizer.found_inf = found_inf = guard.check(total, norms, 1)
     optimizer.step()
     optimizer.zero_grad()
     loop.step(total, found_inf)

@@ -50,6 +50,18 @@ def arms_of(tmp_path, effect, noise=0.003, seeds=8, placebo=0.0):
     return group_into_arms(runs)[0]
 
 
+def test_a_run_whose_settings_changed_on_the_way_is_left_out(tmp_path):
+    history = [
+        {"step": 0, "changed": {}},
+        {"step": 50, "changed": {"chrono_eta": [1e-4, 1e-3], "max_iters": [50, 100]}},
+    ]
+    folders = [write_run(tmp_path / "a", 1, history=history[:1]), write_run(tmp_path / "b", 2, history=history)]
+    runs, left_out = load_runs(folders)
+    assert [run.seed for run in runs] == [1]
+    (line,) = left_out
+    assert str(tmp_path / "b") in line and "chrono_eta" in line and "max_iters" not in line
+
+
 def test_a_real_effect_is_found_and_its_size_is_right(tmp_path):
     primary, secondary, check = analyse(arms_of(tmp_path, effect=-0.05))
     on_off = primary[0]

@@ -8,6 +8,7 @@ from torch.overrides import TorchFunctionMode
 
 from chronomoe import ChronoLoop
 from model import GPT, GPTConfig, MLPExperts
+from trainer.guard import NonFiniteGuard
 
 
 class HostCopy(Exception):
@@ -39,6 +40,7 @@ def run_step(plant=lambda trace: None, **chrono_changes):
             if isinstance(module, MLPExperts):
                 module.use_grouped_mm = True
         loop = ChronoLoop(model.router_state, config.moe_blocks)
+        guard = NonFiniteGuard(model)
         optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
         idx, targets = torch.randint(64, (2, 16)), torch.randint(64, (2, 16))
         for _ in range(2):
@@ -49,8 +51,9 @@ def run_step(plant=lambda trace: None, **chrono_changes):
                     loss.backward()
                     total = trace if total is None else total + trace
                 plant(total)
-                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.found_inf = found_inf = (~norm.isfinite()).float()
+                norms = guard.norms()
+                torch.nn.utils.clip_grads_with_norm_(model.parameters(), 1.0, torch.linalg.vector_norm(norms))
+                optimizer.found_inf = found_inf = guard.check(total, norms, 1)
             optimizer.step()
             optimizer.zero_grad()
             with NoHostCopy():

@@ -118,7 +118,9 @@ def differing_state(a, b):
 
 
 def snapshot(out):
-    return {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in out.iterdir() if p.is_file()}
+    """The files of a run and their times, but for the lock."""
+    files = [p for p in out.iterdir() if p.is_file() and not p.name.startswith(".lock")]
+    return {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in files}
 
 
 def one_line(error):
@@ -131,7 +133,7 @@ def one_line(error):
 def metric_names(blocks, experts, chrono):
     """The design page's names; of the loop's those that exist without a step, and with all five."""
     names = {"step", "tokens", "time/step_ms", "time/tokens_per_s", "lr", "grad_norm"}
-    names |= {"train/loss", "train/aux_loss", "train/router_z_loss"}
+    names |= {"train/loss", "train/aux_loss", "train/router_z_loss", "train/skipped"}
     groups = {"routing": ["load_cv", "dropped"]}
     per_expert = ["load"]
     if chrono:
@@ -194,11 +196,13 @@ def test_steps_between_log_lines_and_evaluations_leave_no_line(start, tmp_path):
     assert [line["step"] for line in found if "train/loss" in line] == [2, 4, 6]
 
 
+OVERFLOW = dict(learning_rate=1e30, min_lr=1e30, grad_clip=0)  # weights of 1e30 overflow in the second step
+
+
 def test_json_has_null_where_a_run_has_no_number(start, tmp_path):
     out = tmp_path / "out"
-    # weights of 1e30 overflow in the second step
     lifecycle = dict(chrono_unused_after=1, chrono_unused_tokens=10**9, chrono_starving_phi=-1)
-    start(out, **ALL_ON, **lifecycle, learning_rate=1e30, min_lr=1e30, grad_clip=0)
+    start(out, **ALL_ON, **lifecycle, **OVERFLOW)
     found = metrics(out)
     assert None in [line.get("train/loss") for line in found[2:]]
     assert found[-1]["val/loss"] is None
@@ -209,7 +213,8 @@ def test_json_has_null_where_a_run_has_no_number(start, tmp_path):
 
 def test_infinite_and_undefined_values_are_written_as_null(tmp_path):
     settings = from_arguments([f"--out_dir={tmp_path / 'out'}"])
-    log = RunLog(settings, settings.flat(), start=0)
+    (tmp_path / "out").mkdir()
+    log = RunLog(settings, settings.flat(), {})
     log.write({"step": 1, "a": math.nan, "b": math.inf, "c": -math.inf, "d": None, "e": 1e300, "f": 0.1})
     log.close()
     expected = {"step": 1, "a": None, "b": None, "c": None, "d": None, "e": 1e300, "f": 0.1}
@@ -217,7 +222,7 @@ def test_infinite_and_undefined_values_are_written_as_null(tmp_path):
 
 
 def test_the_best_validation_loss_outlives_an_evaluation_without_a_number(start, tmp_path):
-    start(tmp_path / "out", learning_rate=1e30, min_lr=1e30, grad_clip=0, eval_interval=1)
+    start(tmp_path / "out", **OVERFLOW, eval_interval=1)
     losses = [line["val/loss"] for line in metrics(tmp_path / "out") if "val/loss" in line]
     assert None in losses
     assert checkpoint(tmp_path / "out")["best_val_loss"] == min(loss for loss in losses if loss is not None)
@@ -275,7 +280,7 @@ def test_no_steps_leave_one_line_and_no_checkpoint(start, tmp_path):
 
 def test_a_new_run_into_the_folder_of_another_is_refused_and_changes_nothing(full_run, start):
     before = snapshot(full_run)
-    assert before.keys() == {"config.json", "metrics.jsonl", "decisions.jsonl", "ckpt.pt"}
+    assert before.keys() == {"config.json", "metrics.jsonl", "decisions.jsonl", "ckpt.pt", "ckpt_previous.pt"}
     with pytest.raises(UserError) as error:
         start(full_run, seed=5)
     message = one_line(error)
@@ -286,7 +291,7 @@ def test_a_new_run_into_the_folder_of_another_is_refused_and_changes_nothing(ful
 def test_resuming_where_there_is_no_checkpoint_is_refused_and_makes_nothing(start, tmp_path):
     with pytest.raises(UserError) as error:
         start(tmp_path / "out", init_from="resume")
-    assert all(part in one_line(error) for part in (str(tmp_path / "out" / "ckpt.pt"), "--init_from=scratch"))
+    assert all(part in one_line(error) for part in (str(tmp_path / "out" / "ckpt.pt"), "--init_from=auto"))
     assert not (tmp_path / "out").exists()
 
 
@@ -382,13 +387,13 @@ def test_a_run_killed_after_its_checkpoint_and_resumed_leaves_the_files_of_an_un
     # candidates open at step 3, are saved at step 3 and are reported at step 4, which the resumed run does again
     keys = ALL_ON | NOISY | dict(chrono_unused_after=3, chrono_unused_tokens=10**9, chrono_starving_phi=-1)
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    original = train.checkpoints.save
+    original = train.checkpoints.write
 
-    def save_and_keep(out_dir, state):
-        original(out_dir, state)
+    def write_and_keep(out_dir, state, best):
+        original(out_dir, state, best)
         shutil.copy(out_dir / "ckpt.pt", tmp_path / f"{state['iter_num']}.pt")
 
-    monkeypatch.setattr(train.checkpoints, "save", save_and_keep)
+    monkeypatch.setattr(train.checkpoints, "write", write_and_keep)
     start(straight, **keys, log_interval=2)
     decisions = lines(straight / "decisions.jsonl")
     assert {d["step"] for d in decisions} == {3}
@@ -434,26 +439,33 @@ def test_evaluation_only_of_a_saved_run_tells_its_loss_and_changes_nothing(full_
     assert snapshot(full_run) == before
 
 
-def test_a_resumed_run_keeps_the_checkpoints_shape_and_config_json_says_so(start, tmp_path):
-    out = tmp_path / "out"
-    shape = {key: TINY[key] for key in ("n_layer", "n_head", "n_embd", "n_exp")}
-    start(out, train_capacity=1.25, max_iters=3)
-    defaults = {key: value for key, value in from_arguments([]).flat().items() if key in shape}
-    assert start(out, **defaults, init_from="resume") == 0
-    assert {key: checkpoint(out)["model_args"][key] for key in shape} == shape
-    found = json.loads((out / "config.json").read_text())
-    assert {key: found[key] for key in shape} == shape
-    assert found["train_capacity"] == checkpoint(out)["model_args"]["train_capacity"] == 1.25
+def resume_without_keys(out, dataset, **changes):
+    keys = {"init_from": "resume", "out_dir": out, "dataset": dataset} | changes
+    return train.main([f"--{key}={value}" for key, value in keys.items()])
 
 
-def test_resuming_with_blocks_longer_than_the_checkpoints_works_or_gets_one_line(start, tmp_path):
+def test_a_run_resumed_without_its_settings_keeps_them(full_run, start, tmp_path, dataset, capsys):
     out = tmp_path / "out"
-    start(out, max_iters=3)
-    try:
-        assert start(out, init_from="resume", block_size=64) == 0
-        assert json.loads((out / "config.json").read_text())["block_size"] == 16
-    except UserError as e:
-        assert "block_size" in str(e) and "\n" not in str(e)
+    start(out, **ALL_ON, **NOISY, max_iters=3)
+    assert resume_without_keys(out, dataset, max_iters=STEPS) == 0
+    assert differing_state(out, full_run) == set()
+    assert metrics(out, timeless=True) == metrics(full_run, timeless=True)
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("resume:")] == [
+        "resume: max_iters=6, before 3"
+    ]
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [("n_layer", 2), ("n_head", 1), ("n_embd", 32), ("n_exp", 8), ("block_size", 8), ("block_size", 64)]
+    + [("stride", 1), ("bias", True), ("use_noisy_top_k", False)],
+)
+def test_another_shape_on_resume_is_refused_by_the_name_of_its_key(key, value, full_run, start):
+    before = snapshot(full_run)
+    with pytest.raises(UserError) as error:
+        start(full_run, **ALL_ON, **(NOISY | {key: value}), init_from="resume")
+    assert one_line(error).startswith(f"{key}={value}, but the checkpoint")
+    assert snapshot(full_run) == before
 
 
 def test_decisions_count_the_trainers_steps_where_coherence_is_switched_on_later(start, tmp_path):
@@ -465,17 +477,26 @@ def test_decisions_count_the_trainers_steps_where_coherence_is_switched_on_later
     assert {d["step"] for d in lines(out / "decisions.jsonl")} == {5}
 
 
-def test_resuming_says_what_differs_from_before(start, tmp_path, capsys):
+def test_changed_settings_are_told_and_stay_in_config_jsons_history(start, tmp_path, capsys):
     out = tmp_path / "out"
     start(out, max_iters=3)
     capsys.readouterr()
-    start(out, init_from="resume", n_embd=32, learning_rate=2e-3)
+    start(out, init_from="resume", learning_rate=2e-3, top_k=1)
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("resume:")]
     assert said == [
-        f"resume: n_embd={TINY['n_embd']} as in the checkpoint, not 32",
+        "resume: top_k=1, before 2",
         "resume: learning_rate=0.002, before 0.01",
         "resume: max_iters=6, before 3",
     ]
+    start(out, init_from="resume", learning_rate=3e-3, top_k=1, max_iters=7)
+    config = json.loads((out / "config.json").read_text())
+    assert config["learning_rate"] == 3e-3
+    assert [(start["step"], start["changed"]) for start in config["history"]] == [
+        (0, {}),
+        (3, {"top_k": [2, 1], "learning_rate": [0.01, 0.002], "max_iters": [3, 6]}),
+        (6, {"learning_rate": [0.002, 0.003], "max_iters": [6, 7]}),
+    ]
+    assert {"time", "host", "threads", "torch", "git_commit"} <= config["history"][0].keys()
 
 
 def test_steps_on_a_dense_checkpoint_are_refused(start, tmp_path):
@@ -506,7 +527,8 @@ def test_nanomoes_checkpoint_is_resumed_in_its_own_shape(start, tmp_path):
     original = checkpoint(out)
     shape = ("n_layer", "n_head", "n_embd", "n_exp", "block_size", "vocab_size", "train_capacity", "eval_capacity")
     dataset = write_dataset(tmp_path / "data", original["model_args"]["vocab_size"])
-    assert start(out, init_from="resume", dataset=dataset, max_iters=original["iter_num"] + 2) == 0
+    rest = {key: TINY[key] for key in ("batch_size", "eval_interval", "eval_iters", "log_interval", "device")}
+    assert resume_without_keys(out, dataset, **rest, max_iters=original["iter_num"] + 2) == 0
     saved = checkpoint(out)
     assert saved["iter_num"] == original["iter_num"] + 2
     assert {key: saved["model_args"][key] for key in shape} == {key: original["model_args"][key] for key in shape}
@@ -581,6 +603,7 @@ def test_a_damaged_checkpoint_gets_one_line_and_changes_nothing(damage, full_run
     shutil.copytree(full_run, out)
     path = out / "ckpt.pt"
     path.write_bytes(damage(path.read_bytes(), path))
+    (out / "ckpt_previous.pt").unlink()
     before = snapshot(out)
     with pytest.raises(UserError) as error:
         start(out, **ALL_ON, **NOISY, init_from="resume")
@@ -709,7 +732,8 @@ def test_what_reaches_wandb_is_what_metrics_jsonl_holds(start, out, logged_out, 
     found = metrics(out)
     assert [step for step, _ in sent] == [line["step"] for line in found]
     assert [values for _, values in sent] == [{k: v for k, v in line.items() if v is not None} for line in found]
-    assert identity["config"] == json.loads((out / "config.json").read_text())
+    config = json.loads((out / "config.json").read_text())
+    assert identity["config"] == {key: value for key, value in config.items() if key != "history"}
 
 
 def test_runs_with_beta_on_and_off_share_a_wandb_group_and_differ_in_job_type():

@@ -57,6 +57,8 @@ NANOMOE = {
     "eval_iters": 200,
     "eval_only": False,
     "always_save_checkpoint": True,
+    "checkpoint_interval": 0,
+    "checkpoint_minutes": 10.0,
     "init_from": "scratch",
     "wandb_log": True,
     "wandb_project": "nano-moe",

@@ -6,8 +6,8 @@ spread over ranks without remembering where its data stood.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
-import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from trainer.errors import UserError, first_line
+from trainer.files import parse_json, read_text
 
 DATA = Path(__file__).parent.parent / "data"
 SPLITS = ("train", "val")
 EVAL_SEED = 0  # of the validation batches, the same for every run of a dataset
+CHUNK = 1 << 24  # tokens read at a time
 GPT2_VOCAB_SIZE = 50304  # 50257, padded to a multiple of 64: what nanoMoE takes where a dataset has no meta file
 
 
@@ -52,6 +55,45 @@ class TokenData:
             raise UserError(f"{path} holds {len(tokens)} tokens, too few for block_size={self.block_size}")
         return tokens
 
+    def fingerprint(self, known: dict[str, dict[str, Any]] | None = None) -> dict[str, dict[str, Any]]:
+        """What tells these files from others: for each its sha256, size in bytes and time of change.
+
+        Reads every token once and checks that it is in the vocabulary, and the files against meta.json where that has
+        their sha256. known: an earlier fingerprint; a file of the same size and time is not read again.
+        Raises UserError for a token beyond the vocabulary, or a file that meta.json does not describe.
+        """
+        found = {}
+        for split in SPLITS:
+            path = self.folder / f"{split}.bin"
+            stat = path.stat()
+            look = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+            before = (known or {}).get(path.name)
+            if isinstance(before, dict) and look.items() <= before.items() and "sha256" in before:
+                found[path.name] = before
+                continue
+            found[path.name] = look | {"sha256": self._read_through(path, self.tokens[split])}
+            claimed = self.meta.get("sha256")
+            claimed = claimed.get(path.name) if isinstance(claimed, dict) else None
+            if claimed is not None and claimed != found[path.name]["sha256"]:
+                raise UserError(f"{path} is not the file that {self.folder / 'meta.json'} describes; prepare it again")
+        return found
+
+    def _read_through(self, path: Path, tokens: np.ndarray) -> str:
+        """The file's sha256, with every token checked."""
+        sha256 = hashlib.sha256()
+        # shown only where it takes a while
+        with tqdm(total=tokens.nbytes, desc=f"checking {path}", unit="B", unit_scale=True, delay=2, leave=False) as bar:
+            for start in range(0, len(tokens), CHUNK):
+                chunk = tokens[start : start + CHUNK]
+                self._check_vocabulary(path, chunk.max())
+                sha256.update(chunk)
+                bar.update(chunk.nbytes)
+        return sha256.hexdigest()
+
+    def _check_vocabulary(self, path: Path, largest: int) -> None:
+        if largest >= self.vocab_size:
+            raise UserError(f"{path} holds the token id {largest}, beyond the vocabulary of {self.vocab_size}")
+
     def batch(self, split: str, seed: int, step: int, micro: int, batch_size: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets, [batch_size, block_size] int64 each, on the CPU.
 
@@ -62,10 +104,7 @@ class TokenData:
         # raw words of a counter-based generator: unlike Generator's methods, fixed across numpy's versions
         starts = np.random.Philox(entropy).random_raw(batch_size) % np.uint64(len(tokens) - self.block_size)
         rows = tokens[starts.astype(np.int64)[:, None] + np.arange(self.block_size + 1)].astype(np.int64)
-        if rows.max() >= self.vocab_size:
-            raise UserError(
-                f"{self.folder / split}.bin holds the token id {rows.max()}, beyond the vocabulary of {self.vocab_size}"
-            )
+        self._check_vocabulary(self.folder / f"{split}.bin", rows.max())
         rows = torch.from_numpy(rows)
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
@@ -96,7 +135,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     path = folder / "meta.json"
     try:
         if path.exists():
-            meta = json.loads(path.read_text(encoding="utf-8"))
+            meta = parse_json(read_text(path))
         elif (path := folder / "meta.pkl").exists():
             with path.open("rb") as f:
                 meta = _PlainUnpickler(f).load()
@@ -107,7 +146,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     if isinstance(meta, dict) and meta.get("dtype", "uint16") != "uint16":
         raise UserError(f"{path} says that token ids are {meta['dtype']}; only uint16 is read")
     size = meta.get("vocab_size") if isinstance(meta, dict) else None
-    if not isinstance(size, int) or not 0 < size <= 65536:
+    if not isinstance(size, int) or isinstance(size, bool) or not 0 < size <= 65536:
         raise UserError(f"{path} must hold a vocab_size between 1 and 65536, not {size!r}")
     return meta
 

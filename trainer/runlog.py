@@ -1,7 +1,8 @@
 """What a run leaves behind and what a person sees of it.
 
-In out_dir: config.json (every setting as resolved, and what the run ran on), metrics.jsonl (a line a logged step),
-decisions.jsonl (a line when a prune candidate opens or is withdrawn). On the screen: a line a logged step.
+In out_dir: config.json (every setting as resolved, what the run ran on, and a history of its starts), metrics.jsonl
+(a line a logged step), decisions.jsonl (a line when a prune candidate opens or is withdrawn). On the screen: a line a
+logged step.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from chronomoe import PruneDecision
 from trainer import checkpoint
 from trainer.errors import UserError
-from trainer.files import whole_file
+from trainer.files import JsonLines, parse_json, read_text, whole_file
 from trainer.settings import Settings
 from trainer.wandb_run import WandbRun
 
@@ -29,34 +30,62 @@ from trainer.wandb_run import WandbRun
 class RunLog:
     """The run's files, its lines on the screen and its W&B run.
 
-    start: the step that the run starts from; lines of later steps, from a run that went on past its checkpoint, are
-    dropped. Raises UserError if out_dir cannot be written, or holds a run already and this one starts anew.
+    Args:
+        settings: the run's.
+        resolved: what config.json says, every setting and what the run runs on.
+        started: of this start, for config.json's history; those of earlier starts stay.
+        step: that the run starts from; later lines, of a run that went on past its checkpoint, are dropped.
+        lines: how many lines of metrics.jsonl and decisions.jsonl came before the checkpoint, where it says so.
+        wandb_id: of the W&B run to go on with.
+
+    Raises UserError if out_dir cannot be written.
     """
 
-    def __init__(self, settings: Settings, resolved: dict[str, Any], start: int, wandb_id: str | None = None):
+    def __init__(
+        self,
+        settings: Settings,
+        resolved: dict[str, Any],
+        started: dict[str, Any],
+        step: int = 0,
+        lines: dict[str, int] | None = None,
+        wandb_id: str | None = None,
+    ):
         self.settings = settings
         self.out_dir = Path(settings.out_dir)
-        self.start = start
+        self.start = step
         self.started = time.perf_counter()
         self.bar: tqdm | None = None
         self.wandb: WandbRun | None = None
+        self.behind = False  # lines wait in memory
+        self.closed = False
         try:
-            self.out_dir.mkdir(parents=True, exist_ok=True)
-            if settings.init_from == "scratch" and _holds_a_run(self.out_dir):
-                raise UserError(
-                    f"{self.out_dir} holds a run already; continue it with --init_from=resume, "
-                    "give another --out_dir, or remove it"
-                )
-            self.metrics = _append_from(self.out_dir / "metrics.jsonl", start)
-            self.decisions = _append_from(self.out_dir / "decisions.jsonl", start)
+            self.files = {
+                name: JsonLines(self.out_dir / f"{name}.jsonl", lines[name] if lines else None, step)
+                for name in ("metrics", "decisions")
+            }
+            history = _history(self.out_dir / "config.json") if settings.init_from != "scratch" else []
             with whole_file(self.out_dir / "config.json") as f:
-                f.write(json.dumps(resolved, indent=2).encode() + b"\n")
+                f.write(json.dumps(resolved | {"history": [*history, started]}, indent=2).encode() + b"\n")
         except OSError as e:
             raise UserError(f"cannot write to out_dir {self.out_dir}: {e.strerror}") from None
         if settings.wandb_log:
-            self.wandb = WandbRun(self.say, self.out_dir, config=resolved, id=wandb_id, **wandb_identity(settings))
+            identity = wandb_identity(settings)
+            self.wandb = WandbRun(
+                self.say, self.out_dir, resumed=wandb_id is not None, config=resolved, id=wandb_id, **identity
+            )
         if sys.stdout.isatty():
-            self.bar = tqdm(total=settings.max_iters, initial=start, unit="step", dynamic_ncols=True, file=sys.stdout)
+            self.bar = tqdm(total=settings.max_iters, initial=step, unit="step", dynamic_ncols=True, file=sys.stdout)
+
+    @property
+    def lines(self) -> dict[str, int]:
+        """Lines written so far, by file."""
+        return {name: f.count for name, f in self.files.items()}
+
+    def sync(self) -> None:
+        """Until the disk has every line. Raises OSError if it cannot."""
+        for f in self.files.values():
+            f.flush()
+            f.sync()
 
     @property
     def wandb_id(self) -> str | None:
@@ -65,7 +94,7 @@ class RunLog:
     def say(self, line: str) -> None:
         """A line for the person."""
         if self.bar is not None:
-            self.bar.write(line, file=sys.stdout)
+            tqdm.write(line, file=sys.stdout)
         else:
             print(line, flush=True)
 
@@ -76,7 +105,7 @@ class RunLog:
 
     def write(self, values: dict[str, float | None]) -> None:
         """A logged step: `values` holds `step`, and whatever of the metric names there is to tell."""
-        _write_line(self.metrics, values)
+        self._append("metrics", values)
         if self.wandb:
             self.wandb.log(values)
         self.say(self._summary(values))
@@ -84,7 +113,7 @@ class RunLog:
     def decide(self, decisions: list[PruneDecision]) -> None:
         """Prune proposals that opened or were withdrawn; none is executed."""
         for d in decisions:
-            _write_line(self.decisions, dataclasses.asdict(d))
+            self._append("decisions", dataclasses.asdict(d))
             verb = "prune" if d.action == "open" else "withdraw the proposal to prune"
             phi = "none" if d.phi_slow is None else f"{d.phi_slow:.3f}"
             self.say(
@@ -92,13 +121,34 @@ class RunLog:
                 f"(reason={d.reason}, phi_slow={phi}, tokens={d.total_tokens_seen:,})"
             )
 
-    def close(self) -> None:
+    def close(self, caught: list[int] | None = None) -> None:
+        """End the run's W&B run and files, once. caught: holds a signal if one asked for the end."""
+        if self.closed:
+            return
+        self.closed = True
         if self.bar is not None:
             self.bar.close()
-        self.metrics.close()
-        self.decisions.close()
         if self.wandb:
-            self.wandb.finish()
+            self.wandb.finish(in_haste=bool(caught))
+        for f in self.files.values():
+            if f.waiting:
+                print(f"{len(f.waiting)} lines of {f.path} could not be written and are lost")
+            f.close()
+
+    def _append(self, name: str, values: dict[str, Any]) -> None:
+        try:
+            self.files[name].write(values)
+            for f in self.files.values():
+                f.flush()
+        except OSError as e:
+            if not self.behind:
+                path = self.files[name].path
+                self.say(f"cannot write {path}: {e.strerror}; training goes on, its lines wait in memory")
+            self.behind = True
+        else:
+            if self.behind:
+                self.say("the lines that waited are written")
+            self.behind = False
 
     def _summary(self, v: dict[str, float | None]) -> str:
         parts = [f"step {v['step']:>{len(str(self.settings.max_iters))}}"]
@@ -148,8 +198,8 @@ def wandb_identity(settings: Settings) -> dict[str, Any]:
     }
 
 
-def surroundings(data_meta: dict[str, Any]) -> dict[str, Any]:
-    """What a run's bits depend on beside its settings: versions, threads, commit, data."""
+def surroundings() -> dict[str, Any]:
+    """What a run's bits depend on beside its settings and data: versions, threads, commit."""
     here = Path(__file__).parent
     try:
         git = subprocess.run(
@@ -168,32 +218,19 @@ def surroundings(data_meta: dict[str, Any]) -> dict[str, Any]:
         "torch": torch.__version__,
         "platform": platform.platform(),
         "git_commit": commit,
-        "data_sha256": data_meta.get("sha256"),
     }
 
 
-def _holds_a_run(out_dir: Path) -> bool:
+def holds_a_run(out_dir: Path) -> bool:
     metrics = out_dir / "metrics.jsonl"
-    return (metrics.exists() and metrics.stat().st_size > 0) or (out_dir / checkpoint.NAME).exists()
+    return (metrics.exists() and metrics.stat().st_size > 0) or checkpoint.exists(out_dir)
 
 
-def _append_from(path: Path, start: int):
-    """path open for appending, cut to the lines of steps up to `start`."""
-    kept = []
-    if path.exists():
-        for line in path.read_bytes().splitlines(keepends=True):
-            try:
-                if line.endswith(b"\n") and json.loads(line)["step"] <= start:
-                    kept.append(line)
-            except (ValueError, KeyError, TypeError):
-                continue  # a line cut short by a kill
-    with whole_file(path) as f:
-        f.writelines(kept)
-    return path.open("a", encoding="utf-8")
-
-
-def _write_line(f: Any, values: dict[str, Any]) -> None:
-    # JSON has no NaN or infinity
-    plain = {k: None if isinstance(v, float) and not -1e308 < v < 1e308 else v for k, v in values.items()}
-    f.write(json.dumps(plain) + "\n")
-    f.flush()
+def _history(path: Path) -> list[Any]:
+    """The history in a config.json; empty where there is none that can be read."""
+    try:
+        config = parse_json(read_text(path))
+    except (OSError, ValueError):
+        return []
+    history = config.get("history") if isinstance(config, dict) else None
+    return history if isinstance(history, list) else []

@@ -20,6 +20,7 @@ import numpy as np
 from chronomoe.config import ChronoConfig, missing_steps, option
 from model import GPTConfig
 from trainer.errors import UserError, first_line
+from trainer.files import read_text
 
 PREFIX = "chrono_"
 OVERLAP_THRESHOLD = 0.1  # chrono_bridge_threshold's default where the bridge reads the overlap
@@ -34,16 +35,18 @@ class Settings:
     # Run
     out_dir: str = option("out", "folder that the run writes into")
     init_from: str = option(
-        "scratch", "'scratch', or 'resume' to continue the run in out_dir", choices=("scratch", "resume")
+        "scratch",
+        "'scratch', 'resume' to continue the run in out_dir, or 'auto': resume if there is a checkpoint, else start",
+        choices=("scratch", "resume", "auto"),
     )
     seed: int = option(1337, "of initial weights, data order, dropout and router noise", least=0)
     eval_interval: int = option(2000, "steps between evaluations", least=1)
     eval_iters: int = option(200, "validation batches an evaluation, the same ones each time", least=1)
     eval_only: bool = option(False, "evaluate once and stop")
     log_interval: int = option(1, "steps between log lines", least=1)
-    always_save_checkpoint: bool = option(
-        True, "save at every evaluation, not only at a new best loss; Ctrl-C saves always"
-    )
+    always_save_checkpoint: bool = option(True, "save at every evaluation, not only at a new best loss")
+    checkpoint_interval: int = option(0, "steps between checkpoints, beside those at evaluations; 0: none", least=0)
+    checkpoint_minutes: float = option(10.0, "a checkpoint when the last one is so many minutes old; 0: none", least=0)
 
     # Weights & Biases
     wandb_log: bool = option(False, "log to Weights & Biases too (offline if not logged in or without network)")
@@ -196,6 +199,11 @@ def help_text() -> str:
 
 def from_arguments(arguments: list[str]) -> Settings:
     """Settings from the command line. Raises UserError for a wrong key, type, value or combination."""
+    return from_values(given(arguments))
+
+
+def given(arguments: list[str]) -> dict[str, Any]:
+    """The keys that the command line and its config files set. Raises UserError for a wrong key, type or value."""
     values: dict[str, Any] = {}
     overrides: dict[str, Any] = {}
     known = keys()
@@ -208,7 +216,7 @@ def from_arguments(arguments: list[str]) -> Settings:
             raise UserError(f"{argument}: write settings as --key=value")
         key = known.get(name) or unknown(name, argument)
         overrides[name] = key.check(parse_value(key, text), "command line")
-    return from_values(values | overrides)
+    return values | overrides
 
 
 def from_values(values: dict[str, Any]) -> Settings:
@@ -235,9 +243,9 @@ def from_values(values: dict[str, Any]) -> Settings:
 def read_config_file(path: str) -> dict[str, Any]:
     """The keys that a config file sets. It is Python and is executed; names that start with _ are its own."""
     try:
-        source = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as e:
-        reason = e.strerror if isinstance(e, OSError) else "not UTF-8 text"
+        source = read_text(Path(path)).removeprefix("\ufeff")
+    except (OSError, ValueError) as e:
+        reason = e.strerror if isinstance(e, OSError) else "not UTF-8 text" if isinstance(e, UnicodeError) else e
         raise UserError(f"cannot read the config file {path}: {reason}{_nearest_config(path)}") from None
     namespace: dict[str, Any] = {"__file__": path, "__name__": "__config__"}
     try:

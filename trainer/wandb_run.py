@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import queue
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,19 +13,29 @@ from trainer.errors import first_line
 
 REACH_TIMEOUT = 3.0  # seconds to reach the server
 START_TIMEOUT = 10.0  # seconds for a server that is reached to start the run
+FINISH_TIMEOUT = 120.0  # seconds to upload what is left at the end
+MOST_WAITING = 1000  # calls
+HASTY_TIMEOUT = 5.0  # the same where a signal ends the run
 
 
 class WandbRun:
     """One W&B run; after a failure it says so once and is silent from then on.
 
-    say: takes a line for the user.
+    What is logged goes through a thread of its own, so W&B may be slow or hang and training goes on.
+
+    Args:
+        say: takes a line for the user.
+        out_dir: W&B makes its folder in it.
+        resumed: the run goes on with an id that an earlier start had.
+        identity: wandb.init's project, name, group, job_type, tags, config and id.
     """
 
-    def __init__(self, say: Callable[[str], None], out_dir: Path, **identity: Any):
-        """identity: wandb.init's project, name, group, job_type, tags, config and id."""
+    def __init__(self, say: Callable[[str], None], out_dir: Path, resumed: bool = False, **identity: Any):
         self.say = say
         self.run = None
+        self.failed = False
         self.id: str | None = identity.get("id")
+        self.work: queue.SimpleQueue[tuple[str, Callable[[Any, Any], Any]] | None] = queue.SimpleQueue()
         try:
             import wandb
 
@@ -31,7 +43,9 @@ class WandbRun:
             if mode == "disabled":
                 say(f"W&B: disabled ({why})")
                 return
-            settings = wandb.Settings(silent=True, console="off", init_timeout=START_TIMEOUT)
+            settings = wandb.Settings(
+                silent=True, console="off", init_timeout=START_TIMEOUT, finish_timeout=FINISH_TIMEOUT
+            )
             try:
                 self.run = wandb.init(mode=mode, dir=out_dir, resume="allow", settings=settings, **identity)
             except Exception as e:
@@ -44,33 +58,56 @@ class WandbRun:
             self._fail("start", e)
             return
         self.id = self.run.id
+        self.folder = self.run.settings.sync_dir
         if mode == "offline":
-            say(f"W&B: offline ({why}); to upload later: wandb sync {self.run.settings.sync_dir}")
+            # a resumed run leaves a folder for each start, all with its id
+            folders = sorted(str(path) for path in Path(out_dir).glob(f"wandb/offline-run-*-{self.id}"))
+            several = resumed and len(folders) > 1
+            say(f"W&B: offline ({why}); to upload later: wandb sync {' '.join(folders) if several else self.folder}")
         else:
             say(f"W&B: {self.run.url}")
+        self.thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+        self.thread.start()
 
     def log(self, values: dict[str, float | None]) -> None:
         """One step's values, which hold `step`."""
         numbers = {k: v for k, v in values.items() if v is not None}
         self.attempt("log", lambda wandb, run: run.log(numbers, step=int(values["step"])))
 
-    def finish(self) -> None:
-        self.attempt("finish", lambda wandb, run: run.finish())
-
     def attempt(self, doing: str, action: Callable[[Any, Any], Any]) -> None:
-        """action(wandb, run), if W&B still works; its failure is said."""
+        """action(wandb, run) in W&B's thread, if W&B still works; its failure is said."""
         if self.run is None:
             return
+        self.work.put((doing, action))
+        if self.work.qsize() > MOST_WAITING:
+            self._fail("keep up", TimeoutError(f"{MOST_WAITING} calls are waiting"))
+
+    def finish(self, in_haste: bool = False) -> None:
+        """End the run, after what was logged. in_haste: a signal ends the program."""
+        if self.run is None:
+            return
+        self.attempt("finish", lambda wandb, run: run.finish())
+        self.work.put(None)
+        seconds = HASTY_TIMEOUT if in_haste else FINISH_TIMEOUT
+        self.thread.join(seconds)
+        if self.thread.is_alive() and self.run is not None:
+            self._fail("finish", TimeoutError(f"not done after {seconds:g} s; to upload: wandb sync {self.folder}"))
+
+    def _work(self) -> None:
         import wandb
 
-        try:
-            action(wandb, self.run)
-        except Exception as e:
-            self._fail(doing, e)
+        while (work := self.work.get()) is not None and self.run is not None:
+            doing, action = work
+            try:
+                action(wandb, self.run)
+            except Exception as e:
+                self._fail(doing, e)
 
     def _fail(self, doing: str, e: Exception) -> None:
-        self.run = None
-        self.say(f"W&B: could not {doing} ({type(e).__name__}: {first_line(e)}); going on without it")
+        self.run = None  # from here on nothing is put in the queue
+        if not self.failed:
+            self.failed = True
+            self.say(f"W&B: could not {doing} ({type(e).__name__}: {first_line(e)}); going on without it")
 
 
 def _mode(wandb: Any) -> tuple[str, str]:

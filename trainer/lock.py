@@ -1,0 +1,57 @@
+"""One run at a time in a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from trainer.errors import UserError
+
+LOCK = ".lock"
+HOLDER = ".lock.holder"
+
+
+@contextlib.contextmanager
+def held(out_dir: Path) -> Iterator[None]:
+    """Hold out_dir, made if it is not there, against other runs, on other hosts too where its file system can tell.
+
+    The system gives the lock back when the process ends, however it ends. Raises UserError if another run holds it or
+    the folder cannot be written.
+    """
+    made = not out_dir.exists()
+    holder = out_dir / HOLDER
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(out_dir / LOCK)
+        lock.acquire(blocking=False)
+        holder.write_text(
+            f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+        )
+    except Timeout:
+        who = ""
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            who = f" ({holder.read_text()})"
+        raise UserError(f"another run is writing to {out_dir}{who}: wait for it, or give another --out_dir") from None
+    except OSError as e:
+        raise UserError(f"cannot write to out_dir {out_dir}: {e.strerror or e}") from None
+    try:
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        if made:
+            _remove_if_unused(out_dir)
+        lock.release()
+
+
+def _remove_if_unused(out_dir: Path) -> None:
+    """A folder that nothing was written to: the run was refused."""
+    with contextlib.suppress(OSError):
+        if [path.name for path in out_dir.iterdir()] == [LOCK]:
+            (out_dir / LOCK).unlink()
+            out_dir.rmdir()
