@@ -72,7 +72,7 @@ def train(given: dict[str, Any], caught: list[int], closing: contextlib.ExitStac
     scaler = torch.amp.GradScaler(device.type, enabled=s.dtype == "float16")
     torch.manual_seed(s.seed)  # dropout and router noise draw from the global generator
     step, best_val_loss, unfinished = 0, math.inf, {"step": 0}
-    lines = wandb_id = None
+    lines, wandb_id = {"metrics": 0, "decisions": 0}, None
     if saved:
         resume.restore(saved, out_dir / checkpoints.NAME, model, optimizer, loop, guard, scaler)
         step, best_val_loss, unfinished = saved["iter_num"], resume.best_loss(saved), saved.get("unfinished")

@@ -176,12 +176,14 @@ def load(path: Path) -> dict[str, Any]:
     Raises FileNotFoundError, Damaged, or UserError if it is another file or carries code.
     """
     try:
-        _check_digest(path)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        path.open("rb").close()
     except FileNotFoundError:
         raise
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
+    try:
+        _check_digest(path)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Damaged:
         raise
     except pickle.UnpicklingError as e:

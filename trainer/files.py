@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -74,6 +75,7 @@ class JsonLines:
         self.file = path.open("ab", buffering=0)
         self.size = self.file.seek(0, os.SEEK_END)
         self.waiting: list[bytes] = []
+        self.lock = threading.Lock()  # a checkpoint's thread flushes too
 
     def write(self, values: dict[str, Any]) -> None:
         """Add a line. Raises OSError if it has to wait."""
@@ -85,18 +87,19 @@ class JsonLines:
 
     def flush(self) -> None:
         """Write the lines that wait. Raises OSError if it cannot."""
-        while self.waiting:
-            line = self.waiting[0]
-            try:
-                written = 0
-                while written < len(line):
-                    written += self.file.write(line[written:])
-            except OSError:
-                with contextlib.suppress(OSError):
-                    self.file.truncate(self.size)  # no half lines
-                raise
-            self.size += len(line)
-            del self.waiting[0]
+        with self.lock:
+            while self.waiting:
+                line = self.waiting[0]
+                try:
+                    written = 0
+                    while written < len(line):
+                        written += self.file.write(line[written:])
+                except OSError:
+                    with contextlib.suppress(OSError):
+                        self.file.truncate(self.size)  # no half lines
+                    raise
+                self.size += len(line)
+                del self.waiting[0]
 
     def sync(self) -> None:
         os.fsync(self.file.fileno())

@@ -7,11 +7,13 @@ logged step.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import platform
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ from trainer.files import JsonLines, parse_json, read_text, whole_file
 from trainer.settings import Settings
 from trainer.wandb_run import WandbRun
 
+tqdm.set_lock(threading.RLock())  # its own would be a semaphore of the system's, which a killed process leaves behind
+
 
 class RunLog:
     """The run's files, its lines on the screen and its W&B run.
@@ -35,7 +39,7 @@ class RunLog:
         resolved: what config.json says, every setting and what the run runs on.
         started: of this start, for config.json's history; those of earlier starts stay.
         step: that the run starts from; later lines, of a run that went on past its checkpoint, are dropped.
-        lines: how many lines of metrics.jsonl and decisions.jsonl came before the checkpoint, where it says so.
+        lines: how many lines of metrics.jsonl and decisions.jsonl stay; None: those of steps up to `step`.
         wandb_id: of the W&B run to go on with.
 
     Raises UserError if out_dir cannot be written.
@@ -93,15 +97,17 @@ class RunLog:
 
     def say(self, line: str) -> None:
         """A line for the person."""
-        if self.bar is not None:
-            tqdm.write(line, file=sys.stdout)
-        else:
-            print(line, flush=True)
+        with contextlib.suppress(OSError):  # a terminal that is gone, a log on a full disk: no reason to stop
+            if self.bar is not None:
+                tqdm.write(line, file=sys.stdout)
+            else:
+                print(line, flush=True)
 
     def tick(self) -> None:
         """One step is done."""
         if self.bar is not None:
-            self.bar.update()
+            with contextlib.suppress(OSError):
+                self.bar.update()
 
     def write(self, values: dict[str, float | None]) -> None:
         """A logged step: `values` holds `step`, and whatever of the metric names there is to tell."""

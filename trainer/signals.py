@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM let the step end; a second one stops at once."""
+"""Ctrl-C, SIGTERM and a terminal that closes let the step end; a second signal stops at once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import signal
 from collections.abc import Iterator
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 STDERR = 2
 
 
@@ -25,7 +25,8 @@ def caught_signals() -> Iterator[list[int]]:
         caught.append(number)
         os.write(STDERR, b"\nstopping after this step; once more stops at once\n")  # print() may be what it interrupts
 
-    before = {number: signal.signal(number, handle) for number in SIGNALS}
+    heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
+    before = {number: signal.signal(number, handle) for number in heard}
     try:
         yield caught
     finally:
