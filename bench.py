@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -22,6 +23,7 @@ import torch
 
 from chronomoe import ChronoConfig, ChronoLoop
 from model import GPT, MLP, GPTConfig, MOELayer
+from trainer.checkpoint import Keeper, copied
 from trainer.errors import run
 from trainer.guard import NonFiniteGuard
 from trainer.settings import read_config_file
@@ -48,6 +50,10 @@ def main(arguments: list[str]) -> int:
     for width in (128, 384):
         print(f"D={width}")
         compare(layers(device, width, num_tokens=4096), max(options.repeats // 3, 5), device)
+
+    print("\na checkpoint of config/vertical_slice.py: how long saving holds training up")
+    with tempfile.TemporaryDirectory() as folder:
+        compare(saving(device, Path(folder)), max(options.repeats // 3, 5), device)
     return 0
 
 
@@ -73,17 +79,23 @@ def autocast(device: torch.device):
     return torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
-def slice_step(device: torch.device, steps_on: bool) -> Callable[[], object]:
-    """One training step at the slice's shape, on a fixed batch of random tokens."""
+def slice_parts(device: torch.device, steps_on: bool) -> tuple[GPT, torch.optim.Optimizer, dict[str, object]]:
+    """The slice's model, its optimizer and its settings."""
     keys = read_config_file(str(Path(__file__).parent / "config" / "vertical_slice.py"))
     names = set(GPTConfig.__dataclass_fields__)
     steps = dict(router=True, coherence=True, beta=True, bridge=True, lifecycle=True) if steps_on else {}
     shape = {key: value for key, value in keys.items() if key in names}
     config = GPTConfig(vocab_size=257, bias=False, chrono=ChronoConfig(**steps), **shape)
     model = GPT(config, torch.Generator().manual_seed(0)).to(device)
+    return model, model.configure_optimizers(0.1, 1e-4, (0.9, 0.99), device.type), keys
+
+
+def slice_step(device: torch.device, steps_on: bool) -> Callable[[], object]:
+    """One training step at the slice's shape, on a fixed batch of random tokens."""
+    model, optimizer, keys = slice_parts(device, steps_on)
+    config = model.config
     loop = ChronoLoop(model.router_state, config.moe_blocks)
     guard = NonFiniteGuard(model)
-    optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.99), device.type)
     ids = torch.randint(257, (keys["batch_size"], config.block_size + 1), generator=torch.Generator().manual_seed(1))
     ids = ids.to(device)
     idx, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
@@ -100,6 +112,34 @@ def slice_step(device: torch.device, steps_on: bool) -> Callable[[], object]:
         loop.step(trace, found_inf)
 
     return step
+
+
+def saving(device: torch.device, folder: Path) -> dict[str, Callable[[], object]]:
+    """Copying the state, what Keeper.save takes of the training loop, and the whole of it with the disk."""
+    model, optimizer, _ = slice_parts(device, steps_on=True)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "iter_num": 1}
+    keeper = Keeper(folder, print, lambda: None, interval=0, minutes=0)
+
+    def save_and_wait() -> None:
+        keeper.save(state)
+        keeper.wait()
+
+    def save() -> None:
+        keeper.save(state)
+
+    def wait() -> None:
+        keeper.wait()
+
+    # in this order `save` finds the thread idle, and does not wait for an earlier one
+    return {
+        "copying the state": lambda: copied(state),
+        "save": save,
+        "writing what was left": wait,
+        "save and write": save_and_wait,
+    }
 
 
 def layers(device: torch.device, width: int, num_tokens: int) -> dict[str, Callable[[], object]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from comparison.arms import ARMS, arm_of
 from trainer.errors import UserError
+from trainer.files import parse_json, read_text
 
 # What may differ between runs of one arm: names and places, not what is computed.
 NAMES = {
@@ -49,7 +50,7 @@ class Run:
 def load_run(folder: Path) -> Run:
     """The run in a folder. Raises UserError if it is none, is not finished, or its validation loss is no number."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = parse_json(read_text(folder / "config.json"))
         text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
     except FileNotFoundError as e:
         raise UserError(f"{folder}: no {Path(e.filename).name}, so this is no run") from None
@@ -60,9 +61,9 @@ def load_run(folder: Path) -> Run:
     lines = []
     for number, line in enumerate(text.splitlines(), 1):
         try:
-            values = json.loads(line)
+            values = parse_json(line)
             lines.append(values | {"step": int(values["step"])})
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError):
             raise UserError(f"{folder}: line {number} of metrics.jsonl is cut or damaged") from None
     return checked(Run(folder, config, lines, _decisions(folder / "decisions.jsonl")))
 
@@ -70,7 +71,7 @@ def load_run(folder: Path) -> Run:
 def checked(run: Run) -> Run:
     """The run, if it is finished and its validation losses are numbers. Raises UserError if not."""
     folder, config, lines = run.folder, run.config, run.lines
-    if not {"seed", "max_iters"} <= config.keys():
+    if not all(isinstance(config.get(key), int) for key in ("seed", "max_iters")):
         raise UserError(f"{folder}: its settings are not those of a run")
     step = lines[-1]["step"] if lines else 0
     if step < config["max_iters"]:
@@ -79,7 +80,7 @@ def checked(run: Run) -> Run:
     if changed:
         raise UserError(f"{folder}: it was resumed with another {', '.join(changed)}, so it is no run of one setting")
     losses = [line["val/loss"] for line in lines if "val/loss" in line]
-    if not losses or any(loss is None or not math.isfinite(loss) for loss in losses):
+    if not losses or not all(isinstance(loss, (int, float)) and math.isfinite(loss) for loss in losses):
         raise UserError(f"{folder}: a validation loss is missing or no number")
     return run
 
@@ -88,13 +89,13 @@ def _changed_on_the_way(config: dict[str, Any]) -> list[str]:
     """Settings that a resumed run was given anew and that what it computes depends on."""
     history = config.get("history")
     starts = [start for start in history if isinstance(start, dict)] if isinstance(history, list) else []
-    keys = {key for start in starts for key in start.get("changed", {})}
+    keys = {key for start in starts if isinstance(start.get("changed"), dict) for key in start["changed"]}
     return sorted(keys - NAMES - SURROUNDINGS - {"max_iters", "eval_only", "backend"})
 
 
 def _decisions(path: Path) -> list[dict[str, Any]]:
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [parse_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as e:

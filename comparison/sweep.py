@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from comparison.arms import ARMS
 from trainer.errors import UserError
+from trainer.files import parse_json
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 LOG = "train.log"
@@ -35,8 +35,9 @@ class Job:
         """Steps that the run has logged."""
         try:
             with (self.out_dir / "metrics.jsonl").open("rb") as f:
-                return max((json.loads(line)["step"] for line in f if line.endswith(b"\n")), default=0)
-        except (OSError, ValueError, KeyError):
+                steps = [parse_json(line)["step"] for line in f if line.endswith(b"\n")]
+                return max((step for step in steps if isinstance(step, int)), default=0)
+        except (OSError, ValueError, KeyError, TypeError):
             return 0
 
     @property

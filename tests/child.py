@@ -10,19 +10,26 @@ import sys
 import time
 from pathlib import Path
 
-TESTS = Path(__file__).parent
+started: list = []
 
 
-def start(arguments: list[str], log: Path, file_limit: int | None = None, uid: int | None = None):
+def start(arguments: list[str], log: Path, file_limit: int | None = None, uid: int | None = None, environment=None):
     """Start train.py with these arguments; what it prints goes to `log`. Returns the process, to be joined or killed.
 
-    file_limit: bytes that no file may grow beyond. uid: the user to be.
+    file_limit: bytes that no file may grow beyond. uid: the user to be. environment: variables to set.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["child", "train"])
-    process = context.Process(target=_run, args=(arguments, str(log), file_limit, uid))
+    process = context.Process(target=_run, args=(arguments, str(log), file_limit, uid, environment))
     process.start()
+    started.append(process)
     return process
+
+
+def kill_all() -> None:
+    """Leave none running: a test may have failed before it ended its own."""
+    while started:
+        started.pop().kill()
 
 
 def finish(process, seconds: float = 60) -> int:
@@ -42,7 +49,10 @@ def wait_for(condition, seconds: float = 30):
         time.sleep(0.002)
 
 
-def _run(arguments: list[str], log: str, file_limit: int | None, uid: int | None) -> None:
+def _run(arguments: list[str], log: str, file_limit: int | None, uid: int | None, environment: dict | None) -> None:
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        del os.environ[name]  # the server that this process was forked from may have a W&B of its own
+    os.environ.update(environment or {})
     # as after exec: the server ignores Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)

@@ -6,11 +6,19 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import child
+
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """Bits depend on the number of threads, and two threads wait for each other long where a core is taken."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_process_left_running():
+    yield
+    child.kill_all()
 
 
 @pytest.fixture(autouse=True)

@@ -1,12 +1,15 @@
 """Faults as they happen: full disks, damaged files, signals, a second run, numbers that go bad."""
 
+import contextlib
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import child
 import numpy as np
@@ -217,12 +220,12 @@ def test_a_number_that_is_not_finite_never_enters_a_checkpoint(bad, tmp_path):
 
 
 def test_a_full_disk_is_told_once_and_training_goes_on_until_there_is_room_again(full_run, keys, tmp_path):
-    """No file may grow beyond 20 kB, which stops checkpoints and then logs; at step 100 there is room again."""
-    many = dict(max_iters=400, lr_decay_iters=400, eval_interval=20, log_interval=5)
+    """No file may grow beyond 20 kB, which stops checkpoints and then logs; at step 60 there is room again."""
+    many = dict(max_iters=240, lr_decay_iters=240, eval_interval=20, log_interval=5)
     calm, out, log = tmp_path / "calm", tmp_path / "out", tmp_path / "log"
     assert child.finish(child.start(keys(calm, **many), tmp_path / "calm.log")) == 0
     process = child.start(keys(out, **many), log, file_limit=20_000)
-    child.wait_for(lambda: log.exists() and "\nstep 100 " in log.read_text())
+    child.wait_for(lambda: log.exists() and "\nstep  60 " in log.read_text())
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert child.finish(process) == 0
     said = log.read_text().splitlines()
@@ -274,7 +277,7 @@ def test_a_folder_that_cannot_be_written_gets_one_line(keys, dataset, tmp_path):
 
 
 def begun(log, step=2):
-    return lambda: log.exists() and f"\nstep {step:>6} " in log.read_text()
+    return lambda: log.exists() and re.search(rf"^step +{step} ", log.read_text(), flags=re.MULTILINE)
 
 
 LONG = dict(max_iters=100_000, eval_interval=100_000, log_interval=1)
@@ -331,13 +334,15 @@ def test_a_second_signal_stops_at_once_and_leaves_the_last_checkpoint_whole(keys
         )
         == 0
     )
-    process = child.start(keys(out, init_from="resume", max_iters=10**6, eval_interval=10**6, batch_size=2000), log)
+    process = child.start(
+        keys(out, init_from="resume", max_iters=10**6, eval_interval=10**6, batch_size=4000), log
+    )  # steps of seconds
     child.wait_for(lambda: log.read_text().count("resume:") >= 3)
     before = (out / "ckpt.pt").read_bytes()
     time.sleep(0.5)
-    for _ in range(2):
+    while process.is_alive():  # two that come too close are one to the system
         os.kill(process.pid, signal.SIGINT)
-        time.sleep(0.01)
+        process.join(0.05)
     assert child.finish(process, 10) == 128 + signal.SIGINT
     assert "stopped at once" in log.read_text() and "Traceback" not in log.read_text()
     checkpoints.load(out / "ckpt.pt")
@@ -526,3 +531,77 @@ def test_lines_that_wait_are_written_in_order_and_whole(tmp_path):
     log.file.room = 10**6
     log.write({"step": 4})
     assert [line["step"] for line in lines(path)] == [1, 2, 3, 4] and log.count == 4
+
+
+# W&B, and its real process
+
+
+def core_of(process):
+    """The process id of W&B's server that a run started."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            name, _, rest = stat.read_text().rpartition(") ")
+            if "wandb-core" in name and int(rest.split()[1]) == process.pid:
+                return int(stat.parent.name)
+    return None
+
+
+@pytest.fixture
+def with_wandb(keys, tmp_path):
+    """Start a run that logs to W&B offline; returns its process, W&B's, its folder and what it prints."""
+    started = []
+
+    def start(**changes):
+        out, log = tmp_path / "out", tmp_path / "log"
+        options = LONG | dict(wandb_log=True, max_iters=400, log_interval=5) | changes
+        process = child.start(keys(out, **options), log, environment={"WANDB_MODE": "offline", "HOME": str(tmp_path)})
+        child.wait_for(begun(log, 20))
+        started.append(core_of(process))
+        return process, started[0], out, log
+
+    yield start
+    for core in filter(None, started):
+        with contextlib.suppress(OSError):
+            os.kill(core, signal.SIGKILL)
+
+
+def about_wandb(log):
+    return [line for line in log.read_text().splitlines() if line.startswith("W&B") or "Traceback" in line]
+
+
+def test_when_wandbs_process_dies_training_goes_on_and_says_so_once(with_wandb):
+    process, core, out, log = with_wandb()
+    os.kill(core, signal.SIGKILL)
+    assert child.finish(process) == 0
+    begin, told = about_wandb(log)
+    assert "offline" in begin and "could not log" in told and "going on without it" in told
+    assert metrics(out)[-1]["step"] == 400
+
+
+def test_a_full_disk_in_wandbs_folder_is_told_once_and_training_goes_on(with_wandb):
+    process, core, out, log = with_wandb()
+    resource.prlimit(core, resource.RLIMIT_FSIZE, (20_000, 20_000))
+    assert child.finish(process) == 0
+    begin, told = about_wandb(log)
+    assert "offline" in begin and "is not whole (file too large); metrics.jsonl is" in told
+    assert metrics(out)[-1]["step"] == 400
+
+
+def test_a_wandb_that_hangs_does_not_hold_up_a_run_that_is_told_to_stop(with_wandb):
+    process, core, out, log = with_wandb(max_iters=100_000)
+    os.kill(core, signal.SIGSTOP)
+    os.kill(process.pid, signal.SIGTERM)
+    assert child.finish(process, 10) == 128 + signal.SIGTERM
+    _, told = about_wandb(log)
+    assert "could not finish" in told and "wandb sync" in told
+    assert checkpoint(out)["iter_num"] == metrics(out)[-1]["step"] or checkpoint(out)["iter_num"] > 20
+
+
+def test_a_resumed_offline_run_names_the_folders_of_all_its_starts(keys, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    out = tmp_path / "out"
+    assert train.main(keys(out, wandb_log=True, max_iters=3)) == 0
+    assert train.main(keys(out, wandb_log=True, init_from="resume")) == 0
+    folders = sorted(str(path) for path in out.glob("wandb/offline-run-*"))
+    assert len(folders) == 2 and all(checkpoint(out)["wandb_id"] in folder for folder in folders)
+    assert f"to upload later: wandb sync {' '.join(folders)}" in capsys.readouterr().out

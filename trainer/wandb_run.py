@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import first_line
+from trainer.errors import first_line, leave_without_goodbyes
 
 REACH_TIMEOUT = 3.0  # seconds to reach the server
 START_TIMEOUT = 10.0  # seconds for a server that is reached to start the run
@@ -61,7 +61,7 @@ class WandbRun:
         self.folder = self.run.settings.sync_dir
         if mode == "offline":
             # a resumed run leaves a folder for each start, all with its id
-            folders = sorted(str(path) for path in Path(out_dir).glob(f"wandb/offline-run-*-{self.id}"))
+            folders = sorted(str(path) for path in Path(out_dir).glob(f"wandb/offline-run-*-{self.id}*"))
             several = resumed and len(folders) > 1
             say(f"W&B: offline ({why}); to upload later: wandb sync {' '.join(folders) if several else self.folder}")
         else:
@@ -92,6 +92,9 @@ class WandbRun:
         self.thread.join(seconds)
         if self.thread.is_alive() and self.run is not None:
             self._fail("finish", TimeoutError(f"not done after {seconds:g} s; to upload: wandb sync {self.folder}"))
+        lost = _lost(Path(self.folder))
+        if lost:
+            self.say(f"W&B: {self.folder} is not whole ({lost}); metrics.jsonl is")
 
     def _work(self) -> None:
         import wandb
@@ -104,10 +107,22 @@ class WandbRun:
                 self._fail(doing, e)
 
     def _fail(self, doing: str, e: Exception) -> None:
+        if self.run is not None:
+            leave_without_goodbyes()  # W&B's own would wait for what does not answer, or print a traceback
         self.run = None  # from here on nothing is put in the queue
         if not self.failed:
             self.failed = True
             self.say(f"W&B: could not {doing} ({type(e).__name__}: {first_line(e)}); going on without it")
+
+
+def _lost(folder: Path) -> str:
+    """Why W&B's process, which keeps that to itself, could not write the run's file; empty if it could."""
+    try:
+        with (folder / "logs" / "debug-internal.log").open(errors="replace") as f:
+            found = next((line for line in f if "failed to save record" in line), "")
+    except OSError:
+        return ""
+    return found.rsplit(": ", 1)[-1].strip('"}\n')
 
 
 def _mode(wandb: Any) -> tuple[str, str]:
