@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -347,25 +348,24 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, model_type: str, override_args: dict | None = None) -> GPT:
-        """A dense GPT with OpenAI's GPT-2 weights, by transformers: 'gpt2', 'gpt2-medium', 'gpt2-large' or 'gpt2-xl'.
+        """A dense GPT with OpenAI's GPT-2 weights, by transformers.
 
+        model_type: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a folder that transformers saved a GPT-2 in.
         override_args may hold `dropout`. Raises ValueError for another model or argument.
         """
-        shapes = {
-            "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
-            "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
-            "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
-            "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
-        }
         override_args = override_args or {}
-        if model_type not in shapes:
-            raise ValueError(f"no pretrained model {model_type!r}: there are {', '.join(shapes)}")
+        names = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+        if model_type not in names and not Path(model_type).is_dir():
+            raise ValueError(f"no pretrained model {model_type!r}: there are {', '.join(names)}")
         if set(override_args) - {"dropout"}:
             raise ValueError(f"only dropout can be overridden, not {', '.join(sorted(override_args))}")
         from transformers import GPT2LMHeadModel
 
-        model = cls(GPTConfig(vocab_size=50257, block_size=1024, bias=True, **shapes[model_type], **override_args))
-        theirs = GPT2LMHeadModel.from_pretrained(model_type).state_dict()
+        hugging_face = GPT2LMHeadModel.from_pretrained(model_type)
+        c = hugging_face.config
+        shape = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, vocab_size=c.vocab_size)
+        model = cls(GPTConfig(block_size=c.n_positions, bias=True, **shape, **override_args))
+        theirs = hugging_face.state_dict()
         ours = dict(model.named_parameters(remove_duplicate=False))
         with torch.no_grad():
             for name, p in ours.items():

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import socket
 import time
 from contextlib import nullcontext
@@ -23,13 +22,14 @@ from chronomoe import ChronoConfig, ChronoLoop
 from chronomoe.bridge import bias_needed, reach
 from model import GPT, GPTConfig
 from trainer import checkpoint as checkpoints
-from trainer import resume
+from trainer import resume, weights
 from trainer import settings as setting
 from trainer.data import EVAL_SEED, SPLITS, TokenData, open_dataset
 from trainer.errors import UserError, first_line, run
 from trainer.guard import NonFiniteGuard, Skipped
 from trainer.lock import held
-from trainer.runlog import RunLog, surroundings
+from trainer.ranks import Ranks, environment, joined
+from trainer.runlog import NoLog, RunLog, surroundings
 from trainer.settings import Settings
 from trainer.signals import caught_signals
 
@@ -41,40 +41,71 @@ def main(arguments: list[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         print(setting.help_text())
         return 0
-    given = setting.given(arguments)
+    try:
+        given = setting.given(arguments)
+        device_type = pick_device(given.get("device", Settings().device))
+    except UserError:
+        if environment()[0] > 0:
+            return 2  # rank 0 says it
+        raise
     with caught_signals() as caught, contextlib.ExitStack() as closing:
         try:
-            failed = train(given, caught, closing)
+            backend = given.get("backend", Settings().backend)
+            ranks = closing.enter_context(joined(device_type.type, backend))
+            failed = train(given, ranks, caught, closing)
         except torch.OutOfMemoryError as e:
             raise UserError(
                 f"{first_line(e).split(' Tried')[0]} Lower batch_size and raise gradient_accumulation_steps by as much"
             ) from None
+        except RuntimeError as e:
+            if not (isinstance(e, torch.distributed.DistError) or "gloo" in str(e)):
+                raise
+            raise UserError(
+                f"rank {environment()[0]} lost the other ranks: the one that ended first says why"
+            ) from None
     return 128 + caught[0] if caught else int(failed)
 
 
-def train(given: dict[str, Any], caught: list[int], closing: contextlib.ExitStack) -> bool:
-    """Train as the keys say, until the end or until a signal is in `caught`. Returns whether the run failed."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("train.py runs on one process: start it with python, not with torchrun")
-    out_dir = resume.folder(given)
-    if not given.get("eval_only"):
+def train(given: dict[str, Any], ranks: Ranks, caught: list[int], closing: contextlib.ExitStack) -> bool:
+    """Train as the keys say, until the end or until a signal is in `caught`. Returns whether the run failed.
+
+    Every rank runs this; the first one writes and logs.
+    """
+    out_dir = resume.folder(given) if ranks.first else None
+    if ranks.first and not given.get("eval_only"):
         closing.enter_context(held(out_dir))
+    ranks.wait()
     start = resume.begin(given)
-    s, saved = start.settings, start.saved
-    device = pick_device(s)
+    s, saved, out_dir = start.settings, start.saved, Path(start.settings.out_dir)
+    device = pick_device(s.device, ranks)
+    s.device = device.type if ranks.count > 1 else str(device)
     autocast = pick_precision(s, device)
+    if s.gradient_accumulation_steps % ranks.count != 0:
+        raise UserError(
+            f"gradient_accumulation_steps={s.gradient_accumulation_steps} micro-batches cannot be shared equally by "
+            f"{ranks.count} ranks"
+        )
+    if not ranks.first:
+        ranks.wait()  # rank 0 may have to prepare the data
     data = open_dataset(s.dataset, s.block_size)
-    files = data.fingerprint(saved.get("data") if saved else None)
+    fit_vocabulary(s, data, start)
+    files = data.fingerprint(saved.get("data") if saved else None) if ranks.first else {}
     if saved:
         resume.check_data(saved, s.dataset, files)
-    model, optimizer, loop = build(s, data, device, saved)
+    if ranks.first:
+        ranks.wait()
+    model, optimizer, loop = build(s, data, device)
+    if start.weights:
+        start.notes += weights.put(start.weights, s.init_from, model)
+        start.weights = None
     guard = NonFiniteGuard(model)
     scaler = torch.amp.GradScaler(device.type, enabled=s.dtype == "float16")
-    torch.manual_seed(s.seed)  # dropout and router noise draw from the global generator
+    torch.manual_seed(s.seed + ranks.rank)  # dropout and router noise draw from the global generator
     step, best_val_loss, unfinished = 0, math.inf, {"step": 0}
     lines, wandb_id = {"metrics": 0, "decisions": 0}, None
     if saved:
         resume.restore(saved, out_dir / checkpoints.NAME, model, optimizer, loop, guard, scaler)
+        start.notes += resume.restore_random_state(saved, device, ranks, s.seed)
         step, best_val_loss, unfinished = saved["iter_num"], resume.best_loss(saved), saved.get("unfinished")
         lines, wandb_id = saved.get("lines"), saved.get("wandb_id")
         loop.began_at = step - loop.coherence.step.item()
@@ -83,6 +114,7 @@ def train(given: dict[str, Any], caught: list[int], closing: contextlib.ExitStac
     if s.compile:
         torch._dynamo.config.capture_scalar_outputs = True  # the loop over experts reads their token counts
         forward = torch.compile(model)
+    averaged = ranks.wrap(forward, device)
 
     def batch(split: str, seed: int, at_step: int, micro: int):
         x, y = data.batch(split, seed, at_step, micro, s.batch_size)
@@ -93,44 +125,57 @@ def train(given: dict[str, Any], caught: list[int], closing: contextlib.ExitStac
     @torch.no_grad()
     def evaluate() -> float | None:
         """Mean cross-entropy over the fixed validation batches, nats per token; None if a signal cut it short."""
+        nonlocal stop
         model.eval()
-        total = torch.zeros((), device=device)
-        for i in range(s.eval_iters):
-            if caught:
+        losses = torch.zeros(s.eval_iters, device=device)  # each rank fills in its own: the sum is that of one process
+        for i in range(0, s.eval_iters, ranks.count):
+            (stop,) = ranks.agree(*caught[:1] or [0])
+            if stop:
                 break
-            with autocast():
-                total += forward(*batch("val", EVAL_SEED, 0, i))[1]
+            if i + ranks.rank < s.eval_iters:
+                with autocast():
+                    losses[i + ranks.rank] = forward(*batch("val", EVAL_SEED, 0, i + ranks.rank))[1]
         model.train()
-        return None if caught else total.item() / s.eval_iters
+        return None if stop else sum(ranks.sum(losses).tolist()) / s.eval_iters
 
+    stop = 0  # the number of a signal that any rank got
     if s.eval_only:
-        for note in start.notes:
+        for note in start.notes if ranks.first else []:
             print(note)
         loss = evaluate()
-        if loss is not None:
+        if loss is not None and ranks.first:
             print(f"validation loss at step {step}: {loss:.4f} nats per token, over {s.eval_iters} batches")
         return False
 
-    checkpoints.set_aside(start.damaged)
-    around = surroundings()
-    resolved = s.flat() | around | {"data_sha256": {name: f["sha256"] for name, f in files.items()}}
-    this_start = {"step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "changed": start.changed}
-    log = RunLog(s, resolved, this_start | around | {"host": socket.gethostname()}, step, lines, wandb_id)
-    closing.callback(log.close, caught)
-    for line in introduction(s, model, data, device) + start.notes:
-        log.say(line)
-    keeper = checkpoints.Keeper(out_dir, log.say, log.sync, s.checkpoint_interval, s.checkpoint_minutes)
-    closing.callback(keeper.wait)
-    keeper.saved_step = step if resumed and not start.damaged else None
+    log, keeper = NoLog(), None
+    if ranks.first:
+        checkpoints.set_aside(start.damaged)
+        around = surroundings() | {"ranks": ranks.count}
+        resolved = s.flat() | around | {"data_sha256": {name: f["sha256"] for name, f in files.items()}}
+        this_start = {
+            "step": step,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "changed": start.changed,
+        }
+        log = RunLog(s, resolved, this_start | around | {"host": socket.gethostname()}, step, lines, wandb_id, resumed)
+        closing.callback(log.close, caught)
+        for line in introduction(s, model, data, device, ranks) + start.notes:
+            log.say(line)
+        keeper = checkpoints.Keeper(out_dir, log.say, log.sync, s.checkpoint_interval, s.checkpoint_minutes)
+        closing.callback(keeper.wait)
+        keeper.saved_step = step if resumed and not start.damaged else None
 
     def save(best: bool = False) -> None:
+        random = ranks.gather(checkpoints.random_state(device))
+        if keeper is None:
+            return
         state = {
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
             "chrono": loop.state_dict(),
             "guard": guard.state_dict(),
             "scaler": scaler.state_dict(),
-            "random": checkpoints.random_state(device),
+            "random": random,
             "model_args": model_args(model.config),
             "iter_num": step,
             "best_val_loss": best_val_loss,
@@ -162,17 +207,20 @@ def train(given: dict[str, Any], caught: list[int], closing: contextlib.ExitStac
         check()
     timer, timed_from = time.perf_counter(), step
     # `step` counts optimizer steps done, so a line of step 1 tells of the first.
-    while step < s.max_iters and not caught and failure is None:
+    while step < s.max_iters and not stop and failure is None:
         lr = learning_rate(s, step)
         for group in optimizer.param_groups:
             group["lr"] = lr
         total = None
-        for micro in range(s.gradient_accumulation_steps):
+        micros = range(ranks.rank, s.gradient_accumulation_steps, ranks.count)  # of the step's, this rank's
+        for micro in micros:
             x, y = batch("train", s.seed, step, micro)
-            with autocast():
-                _, loss, trace = forward(x, y, return_trace=True)
-            scaler.scale(loss / s.gradient_accumulation_steps).backward()
+            with nullcontext() if ranks.count == 1 or micro == micros[-1] else averaged.no_sync():
+                with autocast():
+                    _, loss, trace = averaged(x, y, return_trace=True)
+                scaler.scale(loss / len(micros)).backward()
             total = trace if total is None else total + trace
+        total = total.summed_over_ranks()
         scaler.unscale_(optimizer)
         norms = guard.norms()
         grad_norm = torch.linalg.vector_norm(norms)
@@ -203,30 +251,43 @@ def train(given: dict[str, Any], caught: list[int], closing: contextlib.ExitStac
             log.write(line)
         if len(line) > 1:
             timer, timed_from = time.perf_counter(), step
-        if keeper.due(step):
+        number, due = ranks.agree(*caught[:1] or [0], keeper is not None and keeper.due(step))
+        stop = stop or number
+        if due:
             save()
 
-    keeper.wait()
-    if (caught or step > 0 or unfinished) and (keeper.saved_step != step or unfinished):
-        save()
+    caught += [stop] if stop and not caught else []
+    if keeper is not None:
         keeper.wait()
+    (unsaved,) = ranks.agree(keeper is not None and (keeper.saved_step != step or bool(unfinished)))
+    if unsaved and (stop or step > 0 or unfinished):
+        save()
+    if keeper is None:
+        return failure is not None
+    keeper.wait()
     log.close(caught)
     for text in farewell(s, step, best_val_loss, keeper, failure):
         print(text)
     return failure is not None or keeper.failure is not None
 
 
-def build(s: Settings, data: TokenData, device: torch.device, saved: dict | None) -> tuple:
-    """(model, optimizer, loop) on `device`, new from the seed. Raises UserError if data and checkpoint do not fit."""
-    vocab_size = saved["model_args"].get("vocab_size") if saved else data.vocab_size
-    if not isinstance(vocab_size, int):
-        raise UserError(f"the checkpoint in {s.out_dir} does not say its vocab_size")
-    if vocab_size < data.vocab_size:
+def fit_vocabulary(s: Settings, data: TokenData, start: resume.Start) -> None:
+    """Give data the vocabulary of the weights, if there are any. Raises UserError if it is smaller than the data's."""
+    if start.saved is None and start.weights is None:
+        return
+    if not isinstance(start.vocab_size, int):
+        raise UserError(f"the checkpoint that init_from={s.init_from!r} names does not say its vocab_size")
+    if start.vocab_size < data.meta.get("vocab_size", 0):
         raise UserError(
-            f"the checkpoint knows {vocab_size} tokens, the dataset {s.dataset} has {data.vocab_size}: "
-            "resume with the dataset that it was trained on"
+            f"the checkpoint knows {start.vocab_size} tokens, the dataset {s.dataset} has {data.vocab_size}: "
+            "take the dataset that it was trained on"
         )
-    model = GPT(GPTConfig(**s.model_args(vocab_size)), torch.Generator().manual_seed(s.seed)).to(device)
+    data.vocab_size = start.vocab_size
+
+
+def build(s: Settings, data: TokenData, device: torch.device) -> tuple:
+    """(model, optimizer, loop) on `device`, new from the seed."""
+    model = GPT(GPTConfig(**s.model_args(data.vocab_size)), torch.Generator().manual_seed(s.seed)).to(device)
     loop = ChronoLoop(model.router_state, model.config.moe_blocks, seed=s.seed)
     optimizer = model.configure_optimizers(s.weight_decay, s.learning_rate, (s.beta1, s.beta2), device.type)
     return model, optimizer, loop
@@ -237,15 +298,18 @@ def model_args(config: GPTConfig) -> dict:
     return {name: value for name, value in vars(config).items() if name != "chrono"}
 
 
-def pick_device(s: Settings) -> torch.device:
-    """Resolve s.device, 'auto' for CUDA if there is one. Raises UserError if it is not there."""
-    if s.device == "auto":
-        s.device = "cuda" if torch.cuda.is_available() else "cpu"
+def pick_device(name: str, ranks: Ranks | None = None) -> torch.device:
+    """The device by its name, 'auto' for CUDA if there is one; a rank's own. Raises UserError if it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and ranks is not None and ranks.count > 1:
+        name = f"cuda:{ranks.local_rank}"
+        torch.cuda.set_device(name)
     try:
-        device = torch.device(s.device)
+        device = torch.device(name)
         torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError):
-        raise UserError(f"device={s.device!r} cannot train here; use --device=cpu, or auto for what there is") from None
+        raise UserError(f"device={name!r} cannot train here; use --device=cpu, or auto for what there is") from None
     return device
 
 
@@ -297,7 +361,7 @@ def step_values(s: Settings, total, lr: float, grad_norm: torch.Tensor, ms: floa
     }
 
 
-def introduction(s: Settings, model: GPT, data: TokenData, device: torch.device) -> list[str]:
+def introduction(s: Settings, model: GPT, data: TokenData, device: torch.device, ranks: Ranks) -> list[str]:
     """What a person should know before the first step."""
     train_tokens, val_tokens = (len(data.tokens[split]) for split in SPLITS)
     step_tokens = tokens_per_step(s)
@@ -309,7 +373,7 @@ def introduction(s: Settings, model: GPT, data: TokenData, device: torch.device)
         f"data: {data.folder.name}, {train_tokens:,} train and {val_tokens:,} val tokens, vocabulary {c.vocab_size}",
         f"model: {parameters:,} parameters, {model.num_active_params():,} active per token; {experts}",
         f"run: {s.max_iters:,} steps of {step_tokens:,} tokens on {device} in {s.dtype}, "
-        f"{torch.get_num_threads()} threads; writes to {s.out_dir}",
+        f"{ranks.count} ranks, {torch.get_num_threads()} threads; writes to {s.out_dir}",
         f"loop: {steps_on}" + (f"; beta follows {s.chrono.signal}" if s.chrono.beta else ""),
     ]
     if s.chrono.router:

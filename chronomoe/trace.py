@@ -40,6 +40,8 @@ class MoETrace:
     output: Tensor | None = None  # [L, E, D] expert outputs
     gated_output: Tensor | None = None  # [L, E, D] gate times expert output; summed over E, the mixture
 
+    of_all_ranks: bool = False  # summed over ranks already
+
     @classmethod
     def from_layers(
         cls,
@@ -55,19 +57,20 @@ class MoETrace:
         return cls(torch.full_like(losses[0], tokens), torch.ones_like(losses[0]), *losses, **stacked)
 
     def present(self) -> dict[str, Tensor]:
-        """The fields that are not None, by name."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        """The tensors that are not None, by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
 
     def __add__(self, other: MoETrace) -> MoETrace:
         mine, theirs = self.present(), other.present()
         return MoETrace(**{name: value + theirs[name] for name, value in mine.items()})
 
     def summed_over_ranks(self) -> MoETrace:
-        """The trace of all ranks' tokens, by one all-reduce; itself where torch.distributed is not in use."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        """The trace of all ranks' tokens, by one all-reduce; itself where it is that, or there is one process."""
+        if self.of_all_ranks or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return self
         present = self.present()
         flat = torch.cat([value.reshape(-1) for value in present.values()])
         torch.distributed.all_reduce(flat)
         pieces = flat.split([value.numel() for value in present.values()])
-        return MoETrace(**{name: piece.view_as(present[name]) for name, piece in zip(present, pieces)})
+        summed = {name: piece.view_as(present[name]) for name, piece in zip(present, pieces)}
+        return MoETrace(**summed, of_all_ranks=True)

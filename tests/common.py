@@ -42,6 +42,7 @@ def train_step(model, loop, optimizer, batches, forward=None, guard=None) -> tor
         (loss / len(batches)).backward()
         losses = losses + loss.detach() / len(batches)
         total = trace if total is None else total + trace
+    total = total.summed_over_ranks()
     norms = guard.norms()
     torch.nn.utils.clip_grads_with_norm_(model.parameters(), 1.0, torch.linalg.vector_norm(norms))
     optimizer.found_inf = found_inf = guard.check(total, norms, 1)

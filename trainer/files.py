@@ -30,6 +30,12 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         partial.unlink(missing_ok=True)
 
 
+def remove_leftovers(path: Path) -> None:
+    """What a process that was killed while writing path left beside it. No other may be writing it now."""
+    for partial in path.parent.glob(f"{path.name}.*{PARTIAL}"):
+        partial.unlink(missing_ok=True)
+
+
 def twin(path: Path, name: Path) -> None:
     """Let `name` be the file at `path` too, taking the place of what was there: a hard link, or a copy."""
     partial = name.with_name(f"{name.name}.{os.getpid()}{PARTIAL}")

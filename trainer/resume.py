@@ -1,4 +1,4 @@
-"""What a run begins from: nothing, or its own checkpoint with the settings to go on with."""
+"""What a run begins from: nothing, weights of another, or its own checkpoint with the settings to go on with."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor
 from trainer import checkpoint as checkpoints
 from trainer import settings as setting
 from trainer.errors import UserError
+from trainer.ranks import Ranks, restarts
 from trainer.runlog import holds_a_run
 from trainer.settings import Settings
+from trainer.weights import find as find_weights
 
-# What fixes the weights: it cannot change on resume.
-SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias", "n_exp", "stride", "use_noisy_top_k")
 # What belongs to a start and its machine: a checkpoint's is not taken over.
 OF_A_START = ("init_from", "out_dir", "eval_only", "device", "backend", "wandb_log", "wandb_project", "wandb_run_name")
 # Nor, from a checkpoint of nanoMoE, what its program takes by default and this one by choice.
@@ -26,10 +26,12 @@ OF_A_PROGRAM = ("dtype", "compile")
 
 @dataclass
 class Start:
-    """Settings, and if a run is resumed its checkpoint (tensors on the CPU) and what is to be said about that."""
+    """Settings, and if a run is resumed its checkpoint (tensors on the CPU), and what is to be said about that."""
 
     settings: Settings
     saved: dict[str, Any] | None = None
+    weights: dict[str, Tensor] | None = None  # of another run or of GPT-2, to start from
+    vocab_size: int | None = None  # where the weights fix it
     changed: dict[str, list[Any]] = field(default_factory=dict)  # key: [before, now]
     notes: list[str] = field(default_factory=list)
     damaged: list[Path] = field(default_factory=list)  # checkpoints passed over
@@ -38,7 +40,7 @@ class Start:
 def folder(given: dict[str, Any]) -> Path:
     """The out_dir of these keys. Raises UserError if a new run would overwrite one, or there is none to resume."""
     init_from, out_dir = _whence(given)
-    if init_from == "scratch" and not given.get("eval_only") and holds_a_run(out_dir):
+    if starts_anew(init_from) and not given.get("eval_only") and holds_a_run(out_dir):
         raise UserError(
             f"{out_dir} holds a run already; continue it with --init_from=resume, give another --out_dir, or remove it"
         )
@@ -57,11 +59,13 @@ def begin(given: dict[str, Any]) -> Start:
     """
     folder(given)
     init_from, out_dir = _whence(given)
-    if init_from == "scratch" or (init_from == "auto" and not checkpoints.exists(out_dir)):
+    if init_from == "auto" and not checkpoints.exists(out_dir):
         return Start(setting.from_values(given))
+    if starts_anew(init_from):
+        return _from_weights(given, init_from)
     saved, notes, damaged = checkpoints.newest(out_dir)
     before = _settings_in(saved, out_dir / checkpoints.NAME)
-    for key in SHAPE:
+    for key in checkpoints.SHAPE:
         if key in given and key in before and given[key] != before[key]:
             raise UserError(
                 f"{key}={given[key]}, but the checkpoint in {out_dir} has {key}={before[key]}: a model's shape cannot "
@@ -75,12 +79,39 @@ def begin(given: dict[str, Any]) -> Start:
         if key in before and before[key] != value and value != "auto" and key not in ("init_from", "out_dir")
     }
     notes += [f"resume: {key}={now}, before {was}" for key, (was, now) in changed.items()]
-    return Start(s, saved, changed, notes, damaged)
+    return Start(s, saved, None, saved["model_args"].get("vocab_size"), changed, notes, damaged)
+
+
+def _from_weights(given: dict[str, Any], source: str) -> Start:
+    """A new run, from scratch or from weights that are there; a key of the shape that is not given is theirs."""
+    if source == "scratch":
+        return Start(setting.from_values(given))
+    weights, model_args = find_weights(source)
+    known = setting.keys()
+    theirs = {k: known[k].check(v, source) for k, v in model_args.items() if k in checkpoints.SHAPE}
+    dense = theirs.get("n_exp", 1) == 1
+    may_change = {"n_exp", "stride", "use_noisy_top_k"} if dense else set()
+    for key, value in theirs.items():
+        cropped = key == "block_size" and given.get(key, value) < value
+        if given.get(key, value) != value and key not in may_change and not cropped:
+            raise UserError(f"{key}={given[key]}, but the weights of {source} have {key}={value}: leave {key} out")
+    if dense:
+        theirs = {k: v for k, v in theirs.items() if k not in may_change}
+    s = setting.from_values(theirs | given)
+    return Start(s, weights=weights, vocab_size=model_args.get("vocab_size"), notes=[f"weights: from {source}"])
 
 
 def _whence(given: dict[str, Any]) -> tuple[str, Path]:
     defaults = Settings()
-    return given.get("init_from", defaults.init_from), Path(given.get("out_dir", defaults.out_dir))
+    init_from = given.get("init_from", defaults.init_from)
+    if restarts() > 0 and starts_anew(init_from):
+        init_from = "auto"  # torchrun starts the same command again after a failure
+    return init_from, Path(given.get("out_dir", defaults.out_dir))
+
+
+def starts_anew(init_from: str) -> bool:
+    """Not a run of its own that goes on."""
+    return init_from not in ("resume", "auto")
 
 
 def _settings_in(saved: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -124,11 +155,23 @@ def restore(saved: dict[str, Any], path: Path, model: Any, optimizer: Any, loop:
             guard.load_state_dict(saved["guard"])
         if saved.get("scaler"):  # empty where the saved run needed none
             scaler.load_state_dict(saved["scaler"])
-        if "random" in saved:
-            checkpoints.restore_random_state(saved["random"], model.router_state.beta_coeff.device)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
         reason = " ".join(str(e).split())
         raise UserError(f"{path} does not fit its own settings: {reason}") from None
+
+
+def restore_random_state(saved: dict[str, Any], device: torch.device, ranks: Ranks, seed: int) -> list[str]:
+    """Let dropout and router noise go on where this rank's stopped; lines on what cannot."""
+    if "random" not in saved:
+        return []
+    states = saved["random"]
+    if ranks.rank < len(states):
+        checkpoints.restore_random_state(states[ranks.rank], device)
+    else:
+        torch.manual_seed(seed + ranks.rank + 1_000_003 * saved["iter_num"])
+    if len(states) == ranks.count:
+        return []
+    return [f"resume: {ranks.count} ranks, before {len(states)}: dropout and router noise are drawn anew"]
 
 
 def best_loss(saved: dict[str, Any]) -> float:

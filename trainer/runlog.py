@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from tqdm import tqdm
@@ -41,6 +41,7 @@ class RunLog:
         step: that the run starts from; later lines, of a run that went on past its checkpoint, are dropped.
         lines: how many lines of metrics.jsonl and decisions.jsonl stay; None: those of steps up to `step`.
         wandb_id: of the W&B run to go on with.
+        resumed: config.json's history goes on.
 
     Raises UserError if out_dir cannot be written.
     """
@@ -53,6 +54,7 @@ class RunLog:
         step: int = 0,
         lines: dict[str, int] | None = None,
         wandb_id: str | None = None,
+        resumed: bool = False,
     ):
         self.settings = settings
         self.out_dir = Path(settings.out_dir)
@@ -67,7 +69,7 @@ class RunLog:
                 name: JsonLines(self.out_dir / f"{name}.jsonl", lines[name] if lines else None, step)
                 for name in ("metrics", "decisions")
             }
-            history = _history(self.out_dir / "config.json") if settings.init_from != "scratch" else []
+            history = _history(self.out_dir / "config.json") if resumed else []
             with whole_file(self.out_dir / "config.json") as f:
                 f.write(json.dumps(resolved | {"history": [*history, started]}, indent=2).encode() + b"\n")
         except OSError as e:
@@ -180,6 +182,25 @@ class RunLog:
     def _time_left(self, step: float) -> str:
         per_step = (time.perf_counter() - self.started) / max(step - self.start, 1)
         return tqdm.format_interval(per_step * (self.settings.max_iters - step))
+
+
+class NoLog:
+    """A RunLog's face on the ranks that do not log."""
+
+    lines: ClassVar = {}
+    wandb_id = None
+
+    def say(self, line: str) -> None: ...
+
+    def tick(self) -> None: ...
+
+    def write(self, values: dict[str, float | None]) -> None: ...
+
+    def decide(self, decisions: list[PruneDecision]) -> None: ...
+
+    def sync(self) -> None: ...
+
+    def close(self, caught: list[int] | None = None) -> None: ...
 
 
 def _worst(values: dict[str, float | None], ending: str, pick: Any) -> float:

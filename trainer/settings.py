@@ -36,8 +36,8 @@ class Settings:
     out_dir: str = option("out", "folder that the run writes into")
     init_from: str = option(
         "scratch",
-        "'scratch', 'resume' to continue the run in out_dir, or 'auto': resume if there is a checkpoint, else start",
-        choices=("scratch", "resume", "auto"),
+        "'scratch'; 'resume' to continue the run in out_dir; 'auto': resume if there is a checkpoint, else start; "
+        "'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a PATH to a checkpoint: start from these weights",
     )
     seed: int = option(1337, "of initial weights, data order, dropout and router noise", least=0)
     eval_interval: int = option(2000, "steps between evaluations", least=1)
@@ -95,7 +95,7 @@ class Settings:
     min_lr: float = option(6e-5, "lowest learning rate", least=0)
 
     # System
-    backend: str = option("nccl", "torch.distributed backend, of nanoMoE's configs; training is on one process")
+    backend: str = option("nccl", "torch.distributed backend between GPUs; on CPUs it is gloo")
     device: str = option("auto", "'auto' (CUDA if there is one, else the CPU), 'cpu', 'cuda', 'cuda:1', 'mps'")
     dtype: str = option(
         "auto",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Iterator
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -15,14 +16,21 @@ STDERR = 2
 def caught_signals() -> Iterator[list[int]]:
     """Within the block, a list that holds the number of the first signal once it has come."""
     caught: list[int] = []
+    first = 0.0
+    # with several ranks one Ctrl-C comes twice, from the terminal and from torchrun
+    grace = 3.0 if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0.0
 
     def handle(number: int, frame: object) -> None:
+        nonlocal first
+        if caught and time.monotonic() - first < grace:
+            return
         if caught:
             # not an exception: no library may catch it or tidy up first. Files that were being written are not yet
             # in their places, so the last checkpoint is whole.
             os.write(STDERR, b"\nstopped at once; the last checkpoint is as it was\n")
             os._exit(128 + number)
         caught.append(number)
+        first = time.monotonic()
         os.write(STDERR, b"\nstopping after this step; once more stops at once\n")  # print() may be what it interrupts
 
     heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP

@@ -1,0 +1,98 @@
+"""Weights that a new run starts from: a checkpoint's, GPT-2's, and dense ones turned into experts."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from model import GPT, GPTConfig, MLPExperts
+from trainer import checkpoint as checkpoints
+from trainer.errors import UserError, first_line
+
+GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+BY_NAME = ("scratch", "resume", "auto", *GPT2)
+
+
+def find(source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(weights by name, GPTConfig's arguments that they need) of GPT-2 by name, or of a checkpoint file or folder.
+
+    A folder may hold a run, or GPT-2's weights as transformers saves them. Raises UserError if there are none.
+    """
+    path = Path(source)
+    if source in GPT2 or ((path / "config.json").is_file() and (path / "model.safetensors").is_file()):
+        return _gpt2(source)
+    if path.is_dir():
+        path = path / checkpoints.NAME
+    try:
+        saved = checkpoints.load(path)
+    except FileNotFoundError:
+        near = difflib.get_close_matches(source, BY_NAME, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"it is one of {', '.join(map(repr, BY_NAME))}, or a file"
+        raise UserError(f"init_from={source!r}: there is no checkpoint {path}; {hint}") from None
+    except checkpoints.Damaged as e:
+        raise UserError(f"{path} is damaged: {e}") from None
+    weights = {
+        name.removeprefix("_orig_mod."): value
+        for name, value in saved["model"].items()
+        if not name.startswith("router_state.")  # the loop begins anew
+    }
+    return weights, saved["model_args"]
+
+
+def _gpt2(source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        model = GPT.from_pretrained(source)
+    except ImportError:
+        raise UserError(f"init_from={source!r} needs transformers: pip install transformers") from None
+    except Exception as e:  # transformers and its hub raise many kinds
+        raise UserError(
+            f"init_from={source!r}: GPT-2's weights cannot be loaded ({type(e).__name__}: {first_line(e)}); without a "
+            "network save them elsewhere with transformers' save_pretrained and give the folder as init_from"
+        ) from None
+    weights = {n: v for n, v in model.state_dict().items() if not n.startswith("router_state.")}
+    return weights, {n: v for n, v in vars(model.config).items() if n in ("vocab_size", *checkpoints.SHAPE)}
+
+
+def put(weights: dict[str, Tensor], source: str, model: GPT) -> list[str]:
+    """Load weights into a model of the same shape, or one with a shorter context or experts in place of dense MLPs.
+
+    Returns lines on what was done. An expert starts as the dense MLP of its block (sparse upcycling, arXiv 2212.05055),
+    so before training the model computes what the dense one does; its router starts as it was initialised.
+    Raises UserError if they do not fit.
+    """
+    own = model.state_dict()
+    found = dict(weights)
+    upcycled = 0
+    for name, module in model.named_modules():
+        if isinstance(module, MLPExperts) and f"{name}.c_fc" not in found:
+            upcycled += _upcycle(found, name.removesuffix(".experts"), model.config)
+    positions = found.get("transformer.wpe.weight")
+    if positions is not None:
+        found["transformer.wpe.weight"] = positions[: model.config.block_size]
+    fresh = [name for name in own if name not in found]
+    allowed = [n for n in fresh if n.startswith("router_state.") or (upcycled and ".router." in n)]
+    if fresh != allowed:
+        lacking = next(name for name in fresh if name not in allowed)
+        raise UserError(f"init_from={source!r} does not fit the model: it lacks {lacking}")
+    try:
+        model.load_state_dict(own | found)
+    except RuntimeError as e:
+        reason = " ".join(str(e).split()[:40])
+        raise UserError(f"init_from={source!r} does not fit the model: {reason}") from None
+    return [f"{upcycled} dense MLPs became {model.config.n_exp} experts each"] if upcycled else []
+
+
+def _upcycle(found: dict[str, Tensor], mlp: str, config: GPTConfig) -> bool:
+    """Replace a block's dense MLP by that many copies of it, in `found`."""
+    dense = {"c_fc": "c_fc.weight", "c_proj": "c_proj.weight", "fc_bias": "c_fc.bias", "proj_bias": "c_proj.bias"}
+    if f"{mlp}.c_fc.weight" not in found:
+        return False
+    for ours, theirs in dense.items():
+        value = found.pop(f"{mlp}.{theirs}", None)
+        if value is not None:
+            one = value.t() if value.dim() == 2 else value.unsqueeze(0)
+            found[f"{mlp}.experts.{ours}"] = one.expand(config.n_exp, *one.shape).clone()
+    return True
