@@ -10,6 +10,7 @@ printed, with the ratio's spread over the middle half of the turns. On CUDA the 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import tempfile
@@ -23,9 +24,11 @@ import torch
 
 from chronomoe import ChronoConfig, ChronoLoop
 from model import GPT, MLP, GPTConfig, MOELayer
+from train import pick_device
 from trainer.checkpoint import Keeper, copied
 from trainer.errors import run
 from trainer.guard import NonFiniteGuard
+from trainer.ranks import Ranks, joined
 from trainer.settings import read_config_file
 
 sys.path.insert(0, str(Path(__file__).parent / "tests"))
@@ -39,6 +42,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--repeats", type=int, default=30)
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        with joined(device.type, "nccl") as ranks:
+            across_ranks(ranks, pick_device(options.device, ranks), options.repeats)
+        return 0
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{machine}; torch {torch.__version__}; {options.repeats} turns")
 
@@ -77,6 +84,49 @@ def compare(competitors: dict[str, Callable[[], object]], repeats: int, device: 
 
 def autocast(device: torch.device):
     return torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
+def across_ranks(ranks: Ranks, device: torch.device, repeats: int) -> None:
+    """What the trace's all-reduce and the hosts' agreement take of a step of the slice, on every rank."""
+    model, optimizer, keys = slice_parts(device, steps_on=True)
+    averaged = ranks.wrap(model, device)
+    loop, guard = ChronoLoop(model.router_state, model.config.moe_blocks), NonFiniteGuard(model)
+    ids = torch.randint(257, (keys["batch_size"], keys["block_size"] + 1), device=device)
+    times: dict[str, list[float]] = {"step": [], "all-reduce of the trace": [], "agreement": []}
+    for turn in range(repeats + 2):
+        began = time.perf_counter()
+        with autocast(device):
+            _, loss, trace = averaged(ids[:, :-1], ids[:, 1:], return_trace=True)
+        loss.backward()
+        ranks.wait()  # or waiting for the slower rank would count as communication
+        before = clock(device)
+        total = trace.summed_over_ranks()
+        reduced = clock(device)
+        norms = guard.norms()
+        optimizer.found_inf = guard.check(total, norms, 1)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loop.step(total, optimizer.found_inf)
+        ranks.wait()
+        agreeing = clock(device)
+        ranks.agree(0, 0)
+        end = clock(device)
+        if turn >= 2:
+            for name, took in zip(times, (end - began, reduced - before, end - agreeing)):
+                times[name].append(took * 1000)
+    if ranks.first:
+        size = sum(x.numel() * x.element_size() for x in total.present().values())
+        print(f"{ranks.count} ranks, {device}; torch {torch.__version__}; {repeats} steps of config/vertical_slice.py")
+        step = statistics.median(times["step"])
+        for name, ms in times.items():
+            print(f"  {name:24} {statistics.median(ms):9.3f} ms   {statistics.median(ms) / step:.4f} of a step")
+        print(f"  the trace is {size:,} bytes")
+
+
+def clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def slice_parts(device: torch.device, steps_on: bool) -> tuple[GPT, torch.optim.Optimizer, dict[str, object]]:

@@ -26,6 +26,7 @@ from trainer import resume, weights
 from trainer import settings as setting
 from trainer.data import EVAL_SEED, SPLITS, TokenData, open_dataset
 from trainer.errors import UserError, first_line, run
+from trainer.flops import flops_per_token, peak
 from trainer.guard import NonFiniteGuard, Skipped
 from trainer.lock import held
 from trainer.ranks import Ranks, environment, joined
@@ -201,6 +202,8 @@ def train(given: dict[str, Any], ranks: Ranks, caught: list[int], closing: conte
         if step > 0 and (better or s.always_save_checkpoint):
             save(best=better)
 
+    highest = peak(device, s.dtype)
+    most_tokens_per_s = ranks.count * highest / flops_per_token(model) if highest else None
     failure = None
     model.train()
     if unfinished:
@@ -238,6 +241,8 @@ def train(given: dict[str, Any], ranks: Ranks, caught: list[int], closing: conte
         if step % s.log_interval == 0 or step == s.max_iters:
             ms = (time.perf_counter() - timer) * 1000 / (step - timed_from)
             line |= step_values(s, total, lr, grad_norm, ms, step) | {"train/skipped": guard.total.item()} | loop.read()
+            if most_tokens_per_s is not None:
+                line["time/mfu"] = line["time/tokens_per_s"] / most_tokens_per_s
             log.decide(loop.report())
             skipped = guard.report()
             if skipped is not None:
@@ -378,6 +383,9 @@ def introduction(s: Settings, model: GPT, data: TokenData, device: torch.device,
     ]
     if s.chrono.router:
         lines.append(reach_line(s.chrono))
+    if device.type == "cuda" and peak(device, s.dtype) is None:
+        name = torch.cuda.get_device_name(device)
+        lines.append(f"no time/mfu: the peak of {name} in {s.dtype} is not in trainer/flops.py")
     return lines
 
 

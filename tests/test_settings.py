@@ -212,7 +212,7 @@ def test_every_documented_choice_is_taken(name):
         pytest.param(["--n_exp={[]: 1}"], ["n_exp=", "a whole number at least 1"], id="impossible_literal"),
         pytest.param(["--chrono_signal=coherenc"], ["'shuffled'", "did you mean 'coherence'?"], id="choice"),
         pytest.param(["--dtype=bf16"], ["dtype='bf16'", "did you mean 'bfloat16'?"], id="dtype"),
-        pytest.param(["--init_from=gpt2"], ["init_from='gpt2'", "'scratch', 'resume'"], id="init_from"),
+        pytest.param(["--init_from=gtp2"], ["init_from='gtp2'", "did you mean 'gpt2'"], id="init_from"),
         pytest.param(["--n_exp=4", "--top_k=5"], ["top_k=5", "n_exp=4"], id="top_k_above_n_exp"),
         pytest.param(["--n_embd=10", "--n_head=3"], ["n_embd=10", "n_head=3"], id="heads"),
         pytest.param(
@@ -431,3 +431,13 @@ def test_each_step_file_turns_on_one_more_switch(step):
 
 def test_the_last_step_file_is_the_vertical_slice():
     assert differing(flat("config/vertical_slice.py"), flat(STEP_FILES[-1])) == {"out_dir"}
+
+
+def test_the_page_for_nanomoes_users_has_every_setting_and_our_defaults():
+    page = (ROOT / "docs" / "from_nanomoe.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| `(.*?)` \| `(.*?)` \|", page, flags=re.MULTILINE)
+    ours = {name: default for name, _, default in rows}
+    new = {"seed", "checkpoint_interval", "checkpoint_minutes"}
+    expected = {name for name in DEFAULTS if not name.startswith("chrono_")} - new
+    assert ours.keys() == expected
+    assert ours == {name: str(DEFAULTS[name]) for name in expected}

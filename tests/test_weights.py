@@ -156,11 +156,12 @@ def test_a_run_starts_from_gpt2_dense_or_upcycled(gpt2_folder, start, tmp_path):
 
 def test_gpt2_without_a_network_gets_one_line(start, tmp_path, monkeypatch):
     pytest.importorskip("transformers")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "empty"))
     import huggingface_hub.constants
 
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setattr(weights, "HUB", "localhost")
     with pytest.raises(UserError) as error:
         start(tmp_path / "out", without=SHAPE, init_from="gpt2")
     assert "cannot be loaded" in one_line(error) and "save_pretrained" in one_line(error)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from model import GPT, GPTConfig, MLPExperts
 from trainer import checkpoint as checkpoints
 from trainer.errors import UserError, first_line
 
+HUB = "huggingface.co"
 GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 BY_NAME = ("scratch", "resume", "auto", *GPT2)
 
@@ -43,6 +46,10 @@ def find(source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _gpt2(source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if source in GPT2 and not _reachable(HUB):
+        os.environ["HF_HUB_OFFLINE"] = (
+            "1"  # what is in the cache, or an error at once instead of half a minute of retries
+        )
     try:
         model = GPT.from_pretrained(source)
     except ImportError:
@@ -54,6 +61,14 @@ def _gpt2(source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ) from None
     weights = {n: v for n, v in model.state_dict().items() if not n.startswith("router_state.")}
     return weights, {n: v for n, v in vars(model.config).items() if n in ("vocab_size", *checkpoints.SHAPE)}
+
+
+def _reachable(host: str) -> bool:
+    try:
+        socket.create_connection((host, 443), timeout=3).close()
+    except OSError:
+        return False
+    return True
 
 
 def put(weights: dict[str, Tensor], source: str, model: GPT) -> list[str]:
