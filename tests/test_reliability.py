@@ -304,7 +304,7 @@ def test_a_signal_during_an_evaluation_leaves_it_to_the_next_start(full_run, key
 
     def batch(self, split, *rest):
         batches.append(split)
-        if batches.count("val") == 4:  # the second batch of the evaluation at step 3
+        if batches.count("val") == 3:  # the first of two batches of the evaluation at step 3
             signal.raise_signal(signal.SIGTERM)
         return original(self, split, *rest)
 
