@@ -378,7 +378,8 @@ def introduction(s: Settings, model: GPT, data: TokenData, device: torch.device,
         f"data: {data.folder.name}, {train_tokens:,} train and {val_tokens:,} val tokens, vocabulary {c.vocab_size}",
         f"model: {parameters:,} parameters, {model.num_active_params():,} active per token; {experts}",
         f"run: {s.max_iters:,} steps of {step_tokens:,} tokens on {device} in {s.dtype}, "
-        f"{ranks.count} ranks, {torch.get_num_threads()} threads; writes to {s.out_dir}",
+        + (f"{ranks.count} ranks, " if ranks.count > 1 else "")
+        + f"{torch.get_num_threads()} threads; writes to {s.out_dir}",
         f"loop: {steps_on}" + (f"; beta follows {s.chrono.signal}" if s.chrono.beta else ""),
     ]
     if s.chrono.router:

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from common import chrono, train_step
+from test_run_files import differing_state, metrics
 
 import train
 from chronomoe import ChronoLoop
@@ -89,6 +90,19 @@ def test_bfloat16_takes_the_grouped_path_by_itself():
     assert not experts._grouped(rows)
     with torch.autocast("cuda", dtype=torch.bfloat16):
         assert experts._grouped(rows)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_run_that_was_stopped_and_resumed_is_the_run_that_was_not(tmp_path, dtype):
+    keys = ["config/vertical_slice.py", "--device=cuda", f"--dtype={dtype}", "--wandb_log=False", "--eval_iters=2"]
+    keys += ["--eval_interval=10", "--log_interval=5", "--dropout=0.1", "--use_noisy_top_k=True"]
+    keys += ["--gradient_accumulation_steps=2"]
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert train.main([*keys, f"--out_dir={whole}", "--max_iters=20"]) == 0
+    assert train.main([*keys, f"--out_dir={out}", "--max_iters=10"]) == 0
+    assert train.main([*keys, f"--out_dir={out}", "--max_iters=20", "--init_from=resume"]) == 0
+    assert differing_state(whole, out) == set()
+    assert metrics(out, timeless=True) == metrics(whole, timeless=True)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
