@@ -29,7 +29,7 @@ from trainer.errors import UserError, first_line, run
 from trainer.flops import flops_per_token, peak
 from trainer.guard import NonFiniteGuard, Skipped
 from trainer.lock import held
-from trainer.ranks import Ranks, environment, joined
+from trainer.ranks import Ranks, environment, job, joined
 from trainer.runlog import NoLog, RunLog, surroundings
 from trainer.settings import Settings
 from trainer.signals import caught_signals
@@ -42,18 +42,20 @@ def main(arguments: list[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         print(setting.help_text())
         return 0
+    rank, count, _ = environment()
     try:
         given = setting.given(arguments)
-        device_type = pick_device(given.get("device", Settings().device))
     except UserError:
-        if environment()[0] > 0:
+        if rank > 0:
             return 2  # rank 0 says it
         raise
-    with caught_signals() as caught, contextlib.ExitStack() as closing:
+    with caught_signals(count) as caught, contextlib.ExitStack() as closing:
         try:
-            backend = given.get("backend", Settings().backend)
-            ranks = closing.enter_context(joined(device_type.type, backend))
+            device = device_name(given.get("device", Settings().device))
+            ranks = closing.enter_context(joined(device, given.get("backend", Settings().backend)))
             failed = train(given, ranks, caught, closing)
+        except UserError as e:
+            raise UserError(f"rank {rank}: {e}" if rank > 0 else str(e)) from None
         except torch.OutOfMemoryError as e:
             raise UserError(
                 f"{first_line(e).split(' Tried')[0]} Lower batch_size and raise gradient_accumulation_steps by as much"
@@ -61,9 +63,8 @@ def main(arguments: list[str]) -> int:
         except RuntimeError as e:
             if not (isinstance(e, torch.distributed.DistError) or "gloo" in str(e)):
                 raise
-            raise UserError(
-                f"rank {environment()[0]} lost the other ranks: the one that ended first says why"
-            ) from None
+            why = "waited in vain for" if "timed out" in str(e).lower() else "lost"
+            raise UserError(f"rank {rank} {why} the other ranks: the one that ended first says why") from None
     return 128 + caught[0] if caught else int(failed)
 
 
@@ -72,11 +73,13 @@ def train(given: dict[str, Any], ranks: Ranks, caught: list[int], closing: conte
 
     Every rank runs this; the first one writes and logs.
     """
-    out_dir = resume.folder(given) if ranks.first else None
-    if ranks.first and not given.get("eval_only"):
-        closing.enter_context(held(out_dir))
-    ranks.wait()
-    start = resume.begin(given)
+    again = ranks.first and resume.is_started_again(given)
+    if ranks.first:
+        out_dir = resume.folder(given, again)
+        if not given.get("eval_only"):
+            closing.enter_context(held(out_dir))
+    (again,) = ranks.agree(again)  # none goes on before rank 0 has got so far
+    start = resume.begin(given, bool(again))
     s, saved, out_dir = start.settings, start.saved, Path(start.settings.out_dir)
     device = pick_device(s.device, ranks)
     s.device = device.type if ranks.count > 1 else str(device)
@@ -146,6 +149,7 @@ def train(given: dict[str, Any], ranks: Ranks, caught: list[int], closing: conte
         loss = evaluate()
         if loss is not None and ranks.first:
             print(f"validation loss at step {step}: {loss:.4f} nats per token, over {s.eval_iters} batches")
+        caught += [stop] if stop and not caught else []
         return False
 
     log, keeper = NoLog(), None
@@ -157,6 +161,7 @@ def train(given: dict[str, Any], ranks: Ranks, caught: list[int], closing: conte
             "step": step,
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "changed": start.changed,
+            "job": job(),
         }
         log = RunLog(s, resolved, this_start | around | {"host": socket.gethostname()}, step, lines, wandb_id, resumed)
         closing.callback(log.close, caught)
@@ -230,7 +235,7 @@ def train(given: dict[str, Any], ranks: Ranks, caught: list[int], closing: conte
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), s.grad_clip or math.inf, grad_norm)
         # Where loss or gradient is not finite the optimizer skips the step and the loop its observation, on the device.
         optimizer.found_inf = found_inf = guard.check(total, norms, step + 1)
-        scaler.step(optimizer)
+        optimizer.step()  # not scaler.step(), which would put its own found_inf, of the gradients alone, in the place
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         loop.step(total, found_inf)
@@ -258,7 +263,7 @@ def train(given: dict[str, Any], ranks: Ranks, caught: list[int], closing: conte
             timer, timed_from = time.perf_counter(), step
         number, due = ranks.agree(*caught[:1] or [0], keeper is not None and keeper.due(step))
         stop = stop or number
-        if due:
+        if due and not stop:  # else it is saved below
             save()
 
     caught += [stop] if stop and not caught else []
@@ -272,7 +277,7 @@ def train(given: dict[str, Any], ranks: Ranks, caught: list[int], closing: conte
     keeper.wait()
     log.close(caught)
     for text in farewell(s, step, best_val_loss, keeper, failure):
-        print(text)
+        log.say(text)
     return failure is not None or keeper.failure is not None
 
 
@@ -303,10 +308,14 @@ def model_args(config: GPTConfig) -> dict:
     return {name: value for name, value in vars(config).items() if name != "chrono"}
 
 
+def device_name(name: str) -> str:
+    """The name, 'auto' resolved: CUDA if there is one."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
 def pick_device(name: str, ranks: Ranks | None = None) -> torch.device:
     """The device by its name, 'auto' for CUDA if there is one; a rank's own. Raises UserError if it is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = device_name(name)
     if name == "cuda" and ranks is not None and ranks.count > 1:
         name = f"cuda:{ranks.local_rank}"
         torch.cuda.set_device(name)

@@ -12,7 +12,7 @@ from trainer.checkpoint import newest
 from trainer.data import read_meta
 from trainer.errors import UserError
 from trainer.files import JsonLines, parse_json
-from trainer.runlog import _history
+from trainer.runlog import history_in
 from trainer.settings import from_arguments, keys, read_config_file
 
 often = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -91,7 +91,7 @@ def test_a_dataset_with_a_spoilt_meta_pkl(tmp_path, content):
 def test_a_run_with_a_spoilt_config_json(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    assert isinstance(_history(tmp_path / "config.json"), list)
+    assert isinstance(history_in(tmp_path / "config.json"), list)
     tidy(lambda: load_run(tmp_path))
 
 
@@ -101,7 +101,7 @@ def test_a_run_whose_files_hold_values_of_any_type(tmp_path, config, value):
     (tmp_path / "config.json").write_text(json.dumps({"seed": 1, "max_iters": 1} | config))
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": value, "val/loss": value}) + "\n")
     (tmp_path / "decisions.jsonl").write_text(json.dumps(value) + "\n")
-    assert isinstance(_history(tmp_path / "config.json"), list)
+    assert isinstance(history_in(tmp_path / "config.json"), list)
     tidy(lambda: load_run(tmp_path))
 
 

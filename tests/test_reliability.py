@@ -8,6 +8,9 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 
@@ -605,3 +608,54 @@ def test_a_resumed_offline_run_names_the_folders_of_all_its_starts(keys, tmp_pat
     folders = sorted(str(path) for path in out.glob("wandb/offline-run-*"))
     assert len(folders) == 2 and all(checkpoint(out)["wandb_id"] in folder for folder in folders)
     assert f"to upload later: wandb sync {' '.join(folders)}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("gone", ["pipe", "terminal"])
+def test_a_signal_whose_message_nobody_can_read_saves_all_the_same(gone, keys, tmp_path):
+    """`... 2>&1 | tee log` and Ctrl-C, which ends tee first; a terminal that closes."""
+    out = tmp_path / "out"
+    command = [sys.executable, "train.py", *keys(out, **LONG)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if gone == "pipe":
+        read, write = os.pipe()
+    else:
+        read, write = os.openpty()
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdin=write, stdout=write, stderr=write, start_new_session=True
+    )
+    os.close(write)
+    threading.Thread(target=lambda: child.wait_for(lambda: not drain(read)), daemon=True).start()
+    child.wait_for(lambda: (out / "metrics.jsonl").exists() and len(lines(out / "metrics.jsonl")) > 3, 60)
+    os.close(read)
+    process.send_signal(signal.SIGINT if gone == "pipe" else signal.SIGHUP)
+    assert process.wait(20) == 128 + (signal.SIGINT if gone == "pipe" else signal.SIGHUP)
+    assert checkpoint(out)["iter_num"] == metrics(out)[-1]["step"]
+
+
+def drain(handle):
+    try:
+        return os.read(handle, 1 << 16)
+    except OSError:
+        return b""
+
+
+def test_a_scaler_does_not_take_a_bad_step_that_the_guard_skips():
+    """float16: a loss that is not finite may have gradients that are."""
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([p], fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(p.sum()).backward()
+    scaler.unscale_(optimizer)
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    scaler.update()
+    assert torch.equal(p.detach(), torch.ones(3)) and scaler.get_scale() == 8.0
+    source = (ROOT / "train.py").read_text()
+    assert "scaler.step(" not in source.replace("not scaler.step()", "")  # it puts its own found_inf in the place
+
+
+@pytest.mark.parametrize("key", ["out_dir", "init_from", "dataset"])
+def test_a_path_that_is_too_long_gets_one_line(key, keys, tmp_path):
+    with pytest.raises(UserError) as error:
+        train.main(keys(tmp_path / "out", **{key: "x" * 300}))
+    one_line(error)

@@ -87,8 +87,8 @@ def metrics(out, timeless=False):
     ]
 
 
-def checkpoint(out):
-    return torch.load(out / "ckpt.pt", weights_only=True)
+def checkpoint(out, name="ckpt.pt"):
+    return torch.load(out / name, weights_only=True)
 
 
 def leaves(value, path=""):
@@ -102,9 +102,9 @@ def leaves(value, path=""):
     return {name: leaf for key, v in items for name, leaf in leaves(v, f"{path}/{key}").items()}
 
 
-def differing_state(a, b):
+def differing_state(a, b, name="ckpt.pt"):
     """Paths in two run folders' checkpoints where not every bit is the same; their settings aside."""
-    a, b = (leaves({k: v for k, v in checkpoint(out).items() if k != "config"}) for out in (a, b))
+    a, b = (leaves({k: v for k, v in checkpoint(out, name).items() if k != "config"}) for out in (a, b))
     assert any(path.startswith("/optimizer/state") for path in a)
     assert any(path.startswith("/chrono") for path in a)
     assert a.keys() == b.keys()

@@ -30,7 +30,8 @@ def storm(tmp_path, kills, seed):
 
     Returns how many kills fell into the writing of a checkpoint.
     """
-    dataset = write_dataset(tmp_path / "data", 61)
+    dataset = write_dataset(tmp_path / "data", 8)  # 8 of 61 tokens: the loss falls, and there is a best
+    (dataset / "meta.json").write_text('{"vocab_size": 61}')
     calm, out, log = tmp_path / "calm", tmp_path / "storm", tmp_path / "storm.log"
     assert child.finish(child.start(arguments(calm, dataset), tmp_path / "calm.log")) == 0
     steps_take = sum(line.get("time/step_ms", 0) for line in metrics(calm)) / 1000
@@ -72,6 +73,7 @@ def has_begun(log):
 
 def assert_same(out, calm):
     assert differing_state(out, calm) == set()
+    assert differing_state(out, calm, "ckpt_best.pt") == set()
     assert metrics(out, timeless=True) == metrics(calm, timeless=True)
     decisions = lines(calm / "decisions.jsonl")
     assert {d["action"] for d in decisions} == {"open", "withdrawn"}

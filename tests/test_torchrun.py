@@ -172,3 +172,26 @@ def test_decisions_are_told_once(keys, tmp_path):
     assert torch.equal(
         checkpoint(out)["chrono"]["lifecycle"]["open"], checkpoint(out)["chrono"]["lifecycle"]["reported"]
     )
+
+
+def test_a_restart_does_not_take_another_runs_folder_for_its_own(keys, alone, tmp_path):
+    log = tmp_path / "log"
+    before = {path.name: path.read_bytes() for path in alone.iterdir() if path.is_file()}
+    process = torchrun(keys(alone, learning_rate=0.1), 2, log, "--max-restarts=1", "--monitor-interval=0.1")
+    assert process.wait(60) != 0
+    assert log.read_text().count("holds a run already") == 2  # at each attempt
+    assert {path.name: path.read_bytes() for path in alone.iterdir() if path.is_file()} == before
+
+
+def test_a_restart_before_the_first_checkpoint_starts_from_the_same_weights(keys, alone, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    arguments = [*keys(out, init_from=alone, max_iters=2, learning_rate=0, min_lr=0)]
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a job")
+    assert train.main(arguments) == 0
+    for path in out.glob("*.pt"):
+        path.unlink()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    capsys.readouterr()
+    assert train.main(arguments) == 0
+    assert f"weights: from {alone}" in capsys.readouterr().out
+    assert [line["step"] for line in metrics(out)] == [0, 1, 2]

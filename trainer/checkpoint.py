@@ -122,10 +122,11 @@ def write(out_dir: Path, state: dict[str, Any], best: bool = False) -> None:
         f.write(len(digest).to_bytes(COMMENT_LENGTH, "little") + digest)
         f.flush()
         os.fsync(f.fileno())
+        # both before the newest takes its place: a kill in between loses neither
+        if best:
+            twin(Path(f.name), out_dir / BEST)
         if path.exists():
             twin(path, out_dir / PREVIOUS)
-    if best:
-        twin(path, out_dir / BEST)
 
 
 class _Hashing:
@@ -145,7 +146,7 @@ class _Hashing:
 
 def exists(out_dir: Path) -> bool:
     """Whether there is any checkpoint in out_dir, whole or not."""
-    return any((out_dir / name).exists() for name in (NAME, PREVIOUS, BEST))
+    return any(os.path.exists(out_dir / name) for name in (NAME, PREVIOUS, BEST))
 
 
 def newest(out_dir: Path) -> tuple[dict[str, Any], list[str], list[Path]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -114,9 +115,9 @@ def open_dataset(name: str, block_size: int) -> TokenData:
     folder = DATA / name
     if name == "stdlib" and not (folder / "meta.json").exists():
         load_prepare(folder / "prepare.py").prepare(folder)
-    if not folder.is_dir() and Path(name).is_dir():
+    if not os.path.isdir(folder) and os.path.isdir(name):
         folder = Path(name)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         there = sorted(p.parent.name for p in DATA.glob("*/prepare.py"))
         raise UserError(f"no folder {folder} for dataset={name!r}; there are {', '.join(there)}, or give a path")
     return TokenData(folder, block_size)

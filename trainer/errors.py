@@ -1,5 +1,6 @@
 """Mistakes that a user can make: one line, exit status 2, no traceback."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -31,12 +32,16 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     try:
         status = main(sys.argv[1:])
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            sys.stderr.write(f"error: {e}\n")  # in one piece, for ranks share the screen
         status = 2
     except KeyboardInterrupt:
         status = 130
-    if not _goodbyes[0]:
+    try:
         sys.stdout.flush()
         sys.stderr.flush()
+    except OSError:  # nobody reads it any more
+        sys.stdout = open(os.devnull, "w")
+    if not _goodbyes[0]:
         os._exit(status or 0)
     raise SystemExit(status or 0)

@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import inspect
 import os
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,7 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainer.errors import UserError, first_line
 
-TIMEOUT = datetime.timedelta(minutes=10)  # for the ranks to meet, and for one to wait for the others
+TIMEOUT = datetime.timedelta(minutes=10)  # for the ranks to meet, and in a step for one to wait for the others
+PATIENCE = datetime.timedelta(hours=3)  # for rank 0 to prepare or check the data
 
 
 class Ranks:
@@ -31,7 +33,7 @@ class Ranks:
         self.count = count
         self.local_rank = local_rank
         # decisions are taken between hosts: through a GPU each would wait for it
-        self.control = dist.new_group(backend="gloo", timeout=TIMEOUT) if count > 1 else None
+        self.control = dist.new_group(backend="gloo", timeout=PATIENCE) if count > 1 else None
 
     @property
     def first(self) -> bool:
@@ -92,9 +94,10 @@ def environment() -> tuple[int, int, int]:
         ) from None
 
 
-def restarts() -> int:
-    """How often torchrun has started the ranks again after a failure."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+def job() -> str | None:
+    """What names this torchrun, the same in all its restarts; None without torchrun."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    return None if name is None else f"{name} {socket.gethostname()} {os.getppid()}"
 
 
 @contextlib.contextmanager
@@ -107,8 +110,12 @@ def joined(device_type: str, backend: str) -> Iterator[Ranks]:
     if count == 1:
         yield Ranks()
         return
-    if device_type != "cuda":
+    if not device_type.startswith("cuda"):
         backend = "gloo"
+    elif ":" in device_type:
+        raise UserError(
+            f"device={device_type!r} is one GPU for {count} ranks: give device='cuda', and each takes its own"
+        )
     elif backend == "nccl" and not dist.is_nccl_available():
         raise UserError("backend='nccl' is not in this build of torch; use --backend=gloo or --device=cpu")
     elif local_rank >= torch.cuda.device_count():
@@ -119,8 +126,8 @@ def joined(device_type: str, backend: str) -> Iterator[Ranks]:
     try:
         store, _, _ = next(dist.rendezvous("env://", rank, count, timeout=TIMEOUT))
         # torchrun's own store outlives a restart, and what the earlier attempt left in it would be met again
-        store = dist.PrefixStore(f"attempt {restarts()}", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
+        attempt = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(backend, store=attempt, rank=rank, world_size=count, timeout=TIMEOUT)
         ranks = Ranks(rank, count, local_rank)
     except (RuntimeError, ValueError) as e:
         raise UserError(f"rank {rank} of {count} could not meet the others: {first_line(e)}") from None

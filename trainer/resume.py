@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from torch import Tensor
 from trainer import checkpoint as checkpoints
 from trainer import settings as setting
 from trainer.errors import UserError
-from trainer.ranks import Ranks, restarts
-from trainer.runlog import holds_a_run
+from trainer.ranks import Ranks, job
+from trainer.runlog import history_in, holds_a_run
 from trainer.settings import Settings
 from trainer.weights import find as find_weights
 
@@ -37,10 +38,20 @@ class Start:
     damaged: list[Path] = field(default_factory=list)  # checkpoints passed over
 
 
-def folder(given: dict[str, Any]) -> Path:
-    """The out_dir of these keys. Raises UserError if a new run would overwrite one, or there is none to resume."""
+def is_started_again(given: dict[str, Any]) -> bool:
+    """torchrun has started the same command again after a failure, and what is in out_dir is its own."""
+    history = history_in(_whence(given)[1] / "config.json")
+    last = history[-1] if history and isinstance(history[-1], dict) else {}
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and last.get("job") == job() is not None
+
+
+def folder(given: dict[str, Any], again: bool = False) -> Path:
+    """The out_dir of these keys. Raises UserError if a new run would overwrite one, or there is none to resume.
+
+    again: a run that is there is this one's own.
+    """
     init_from, out_dir = _whence(given)
-    if starts_anew(init_from) and not given.get("eval_only") and holds_a_run(out_dir):
+    if starts_anew(init_from) and not again and not given.get("eval_only") and holds_a_run(out_dir):
         raise UserError(
             f"{out_dir} holds a run already; continue it with --init_from=resume, give another --out_dir, or remove it"
         )
@@ -52,17 +63,16 @@ def folder(given: dict[str, Any]) -> Path:
     return out_dir
 
 
-def begin(given: dict[str, Any]) -> Start:
+def begin(given: dict[str, Any], again: bool = False) -> Start:
     """Where to begin, by the keys that the user gave; the others are the checkpoint's on resume, else defaults.
 
+    again: go on with a run that is in out_dir, whatever init_from says, if it has a checkpoint.
     Raises UserError if the keys make no sense, or the checkpoint cannot be used or does not fit them.
     """
-    folder(given)
     init_from, out_dir = _whence(given)
-    if init_from == "auto" and not checkpoints.exists(out_dir):
-        return Start(setting.from_values(given))
-    if starts_anew(init_from):
-        return _from_weights(given, init_from)
+    goes_on = (again or not starts_anew(init_from)) and checkpoints.exists(out_dir)
+    if not goes_on:
+        return _from_weights(given, "scratch" if init_from == "auto" else init_from)
     saved, notes, damaged = checkpoints.newest(out_dir)
     before = _settings_in(saved, out_dir / checkpoints.NAME)
     for key in checkpoints.SHAPE:
@@ -104,8 +114,6 @@ def _from_weights(given: dict[str, Any], source: str) -> Start:
 def _whence(given: dict[str, Any]) -> tuple[str, Path]:
     defaults = Settings()
     init_from = given.get("init_from", defaults.init_from)
-    if restarts() > 0 and starts_anew(init_from):
-        init_from = "auto"  # torchrun starts the same command again after a failure
     return init_from, Path(given.get("out_dir", defaults.out_dir))
 
 

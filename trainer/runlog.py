@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from chronomoe import PruneDecision
 from trainer import checkpoint
 from trainer.errors import UserError
-from trainer.files import JsonLines, parse_json, read_text, whole_file
+from trainer.files import JsonLines, parse_json, read_text, remove_leftovers, whole_file
 from trainer.settings import Settings
 from trainer.wandb_run import WandbRun
 
@@ -65,11 +66,13 @@ class RunLog:
         self.behind = False  # lines wait in memory
         self.closed = False
         try:
+            for name in ("config.json", "metrics.jsonl", "decisions.jsonl"):
+                remove_leftovers(self.out_dir / name)  # of a start that was killed
             self.files = {
                 name: JsonLines(self.out_dir / f"{name}.jsonl", lines[name] if lines else None, step)
                 for name in ("metrics", "decisions")
             }
-            history = _history(self.out_dir / "config.json") if resumed else []
+            history = history_in(self.out_dir / "config.json") if resumed else []
             with whole_file(self.out_dir / "config.json") as f:
                 f.write(json.dumps(resolved | {"history": [*history, started]}, indent=2).encode() + b"\n")
         except OSError as e:
@@ -103,7 +106,8 @@ class RunLog:
             if self.bar is not None:
                 tqdm.write(line, file=sys.stdout)
             else:
-                print(line, flush=True)
+                sys.stdout.write(f"{line}\n")  # in one piece: W&B's and the checkpoint's threads speak too
+                sys.stdout.flush()
 
     def tick(self) -> None:
         """One step is done."""
@@ -136,11 +140,12 @@ class RunLog:
         self.closed = True
         if self.bar is not None:
             self.bar.close()
+            self.bar = None
         if self.wandb:
             self.wandb.finish(in_haste=bool(caught))
         for f in self.files.values():
             if f.waiting:
-                print(f"{len(f.waiting)} lines of {f.path} could not be written and are lost")
+                self.say(f"{len(f.waiting)} lines of {f.path} could not be written and are lost")
             f.close()
 
     def _append(self, name: str, values: dict[str, Any]) -> None:
@@ -250,10 +255,11 @@ def surroundings() -> dict[str, Any]:
 
 def holds_a_run(out_dir: Path) -> bool:
     metrics = out_dir / "metrics.jsonl"
-    return (metrics.exists() and metrics.stat().st_size > 0) or checkpoint.exists(out_dir)
+    # os.path's functions say False where a path is too long or hidden; Path's raise
+    return (os.path.isfile(metrics) and os.path.getsize(metrics) > 0) or checkpoint.exists(out_dir)
 
 
-def _history(path: Path) -> list[Any]:
+def history_in(path: Path) -> list[Any]:
     """The history in a config.json; empty where there is none that can be read."""
     try:
         config = parse_json(read_text(path))

@@ -12,13 +12,19 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if 
 STDERR = 2
 
 
+def _say(line: bytes) -> None:
+    """Not by print(), which may be what the signal interrupts; and to nobody if the terminal is gone."""
+    with contextlib.suppress(OSError):
+        os.write(STDERR, line)
+
+
 @contextlib.contextmanager
-def caught_signals() -> Iterator[list[int]]:
+def caught_signals(ranks: int = 1) -> Iterator[list[int]]:
     """Within the block, a list that holds the number of the first signal once it has come."""
     caught: list[int] = []
     first = 0.0
     # with several ranks one Ctrl-C comes twice, from the terminal and from torchrun
-    grace = 3.0 if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0.0
+    grace = 3.0 if ranks > 1 else 0.0
 
     def handle(number: int, frame: object) -> None:
         nonlocal first
@@ -27,11 +33,11 @@ def caught_signals() -> Iterator[list[int]]:
         if caught:
             # not an exception: no library may catch it or tidy up first. Files that were being written are not yet
             # in their places, so the last checkpoint is whole.
-            os.write(STDERR, b"\nstopped at once; the last checkpoint is as it was\n")
+            _say(b"\nstopped at once; the last checkpoint is as it was\n")
             os._exit(128 + number)
         caught.append(number)
         first = time.monotonic()
-        os.write(STDERR, b"\nstopping after this step; once more stops at once\n")  # print() may be what it interrupts
+        _say(b"\nstopping after this step; once more stops at once\n")
 
     heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
     before = {number: signal.signal(number, handle) for number in heard}

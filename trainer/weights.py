@@ -25,9 +25,9 @@ def find(source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     A folder may hold a run, or GPT-2's weights as transformers saves them. Raises UserError if there are none.
     """
     path = Path(source)
-    if source in GPT2 or ((path / "config.json").is_file() and (path / "model.safetensors").is_file()):
+    if source in GPT2 or all(os.path.isfile(path / name) for name in ("config.json", "model.safetensors")):
         return _gpt2(source)
-    if path.is_dir():
+    if os.path.isdir(path):
         path = path / checkpoints.NAME
     try:
         saved = checkpoints.load(path)
