@@ -9,14 +9,11 @@ python sample.py --help
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import io
 import os
-import runpy
 import sys
-import typing
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +26,9 @@ from train import pick_device, pick_precision
 from trainer import checkpoint as checkpoints
 from trainer import settings as setting
 from trainer.data import DATA, read_meta
-from trainer.errors import UserError, first_line, run
+from trainer.errors import UserError, run
 from trainer.files import read_text
-from trainer.settings import PREFIX, Key
+from trainer.settings import PREFIX
 from trainer.tokenizer import GPT2_TOKENIZER, Codec, TiktokenCodec, codec_for, encoding_for
 from trainer.weights import GPT2
 from trainer.weights import find as find_weights
@@ -69,7 +66,7 @@ class SampleSettings:
 def main(arguments: list[str]) -> int:
     """Print texts as the arguments say. Returns the exit status: 0, 130 after Ctrl-C, 141 if the reader went away."""
     if "--help" in arguments or "-h" in arguments:
-        print(help_text())
+        print(setting.help_text(setting.keys_of(SampleSettings), USAGE))
         return 0
     s = SampleSettings(**given(arguments))
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -228,60 +225,12 @@ def read_prompt(start: str) -> str:
         raise UserError(f"cannot read the prompt {name}: {reason}") from None
 
 
-def keys() -> dict[str, Key]:
-    """Every key by name, in the order of --help."""
-    hints = typing.get_type_hints(SampleSettings)
-    return {f.name: Key(f.name, f.default, hints[f.name], f.metadata) for f in dataclasses.fields(SampleSettings)}
-
-
 def given(arguments: list[str]) -> dict[str, Any]:
     """The keys that the command line and its config files set. Raises UserError for a wrong key, type or value."""
-    values: dict[str, Any] = {}
-    overrides: dict[str, Any] = {}
-    for argument in arguments:
-        if not argument.startswith("-"):
-            values |= read_config_file(argument)
-            continue
-        name, equals, text = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or not equals:
-            raise UserError(f"{argument}: write settings as --key=value")
-        key = find_key(name, argument)
-        overrides[key.name] = key.check(setting.parse_value(key, text), "command line")
-    return values | overrides
-
-
-def read_config_file(path: str) -> dict[str, Any]:
-    """The keys that a config file sets. It is Python and is executed; names that start with _ are its own."""
-    try:
-        namespace = runpy.run_path(path)
-    except (Exception, SystemExit) as e:
-        raise UserError(f"cannot run the config file {path}: {type(e).__name__}: {first_line(e)}") from None
-    values = {}
-    for name, value in namespace.items():
-        if not name.startswith("_") and isinstance(value, (bool, int, float, str, type(None))):
-            key = find_key(name, path)
-            values[key.name] = key.check(value, path)
-    return values
-
-
-def find_key(name: str, where: str) -> Key:
-    """Raises UserError with the nearest key if there is none of that name."""
-    known = keys()
-    if ALIASES.get(name, name) in known:
-        return known[ALIASES.get(name, name)]
-    near = difflib.get_close_matches(name, [*known, *ALIASES], n=1)
-    hint = f"did you mean {near[0]}?" if near else "--help lists them"
-    if name in setting.keys():
-        hint = "it is train.py's, and a run is named by --out_dir"
-    raise UserError(f"{where}: sample.py has no setting {name!r}; {hint}")
-
-
-def help_text() -> str:
-    """What `--help` prints."""
-    lines = [USAGE, "", "Config files are Python: assignments to these keys. Later files and --key=value win.", ""]
-    for key in keys().values():
-        lines.append(f"  {key.name} = {key.default!r}\n      {key.metadata['help']}")
-    return "\n".join(lines)
+    known = setting.keys_of(SampleSettings)
+    aliases = {alias: replace(known[name], name=alias) for alias, name in ALIASES.items()}
+    values = setting.given(arguments, known | aliases)
+    return {ALIASES.get(name, name): value for name, value in values.items()}
 
 
 if __name__ == "__main__":

@@ -177,20 +177,21 @@ class Key:
 
 
 def keys() -> dict[str, Key]:
-    """Every key by name, in the order of --help."""
-    found = {}
-    for owner, prefix in ((Settings, ""), (ChronoConfig, PREFIX)):
-        hints = typing.get_type_hints(owner)
-        for f in dataclasses.fields(owner):
-            if f.name != "chrono":
-                found[prefix + f.name] = Key(prefix + f.name, f.default, hints[f.name], f.metadata)
-    return found
+    """Every key of train.py by name, in the order of --help."""
+    return keys_of(Settings) | keys_of(ChronoConfig, PREFIX)
 
 
-def help_text() -> str:
-    """What `--help` prints."""
-    lines = [USAGE, "", "Config files are Python: assignments to these keys. Later files and --key=value win.", ""]
-    for key in keys().values():
+def keys_of(owner: type, prefix: str = "") -> dict[str, Key]:
+    """The keys that a dataclass of options makes, by name."""
+    hints = typing.get_type_hints(owner)
+    fields = [f for f in dataclasses.fields(owner) if f.name != "chrono"]
+    return {prefix + f.name: Key(prefix + f.name, f.default, hints[f.name], f.metadata) for f in fields}
+
+
+def help_text(known: dict[str, Key] | None = None, usage: str = USAGE) -> str:
+    """What `--help` prints. known: the keys, by default train.py's; so in the functions below."""
+    lines = [usage, "", "Config files are Python: assignments to these keys. Later files and --key=value win.", ""]
+    for key in (known or keys()).values():
         choices = key.metadata["choices"]
         takes = f" ({key.expected()})" if choices and "'" not in key.metadata["help"] else ""
         lines.append(f"  {key.name} = {key.default!r}\n      {key.metadata['help']}{takes}")
@@ -202,19 +203,19 @@ def from_arguments(arguments: list[str]) -> Settings:
     return from_values(given(arguments))
 
 
-def given(arguments: list[str]) -> dict[str, Any]:
+def given(arguments: list[str], known: dict[str, Key] | None = None) -> dict[str, Any]:
     """The keys that the command line and its config files set. Raises UserError for a wrong key, type or value."""
     values: dict[str, Any] = {}
     overrides: dict[str, Any] = {}
-    known = keys()
+    known = known or keys()
     for argument in arguments:
         if not argument.startswith("-"):
-            values |= read_config_file(argument)
+            values |= read_config_file(argument, known)
             continue
         name, equals, text = argument.removeprefix("--").partition("=")
         if not argument.startswith("--") or not equals:
             raise UserError(f"{argument}: write settings as --key=value")
-        key = known.get(name) or unknown(name, argument)
+        key = known.get(name) or unknown(name, argument, known)
         overrides[name] = key.check(parse_value(key, text), "command line")
     return values | overrides
 
@@ -240,7 +241,7 @@ def from_values(values: dict[str, Any]) -> Settings:
     return settings
 
 
-def read_config_file(path: str) -> dict[str, Any]:
+def read_config_file(path: str, known: dict[str, Key] | None = None) -> dict[str, Any]:
     """The keys that a config file sets. It is Python and is executed; names that start with _ are its own."""
     try:
         source = read_text(Path(path)).removeprefix("\ufeff")
@@ -255,14 +256,14 @@ def read_config_file(path: str) -> dict[str, Any]:
     except (Exception, SystemExit) as e:
         line = e.__traceback__.tb_next.tb_lineno if e.__traceback__ and e.__traceback__.tb_next else "?"
         raise UserError(f"{path}, line {line}: {type(e).__name__}: {first_line(e)}") from None
-    known = keys()
+    known = known or keys()
     ours = (bool, int, float, str, type(None))
     values = {}
     for name, value in namespace.items():
         value = value.item() if isinstance(value, np.generic) else value
         if name.startswith("_") or (name not in known and not isinstance(value, ours)):
             continue  # imports, functions and the file's own names
-        key = known.get(name) or unknown(name, path)
+        key = known.get(name) or unknown(name, path, known)
         values[name] = key.check(value, path)
     return values
 
@@ -277,9 +278,11 @@ def parse_value(key: Key, text: str) -> Any:
         return text
 
 
-def unknown(name: str, where: str) -> typing.NoReturn:
-    near = difflib.get_close_matches(name, keys(), n=1)
+def unknown(name: str, where: str, known: dict[str, Key]) -> typing.NoReturn:
+    near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]}?" if near else "--help lists them"
+    if name in keys():
+        hint = "it is one of train.py, and a run is named by --out_dir"
     raise UserError(f"{where}: there is no setting {name!r}; {hint}")
 
 
