@@ -215,6 +215,7 @@ print("peak", own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_memory_does_not_grow_with_the_corpus(jobs, tmp_path):

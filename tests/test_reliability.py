@@ -581,6 +581,7 @@ def test_when_wandbs_process_dies_training_goes_on_and_says_so_once(with_wandb):
     assert metrics(out)[-1]["step"] == 400
 
 
+@pytest.mark.slow
 def test_a_full_disk_in_wandbs_folder_is_told_once_and_training_goes_on(with_wandb):
     process, core, out, log = with_wandb()
     resource.prlimit(core, resource.RLIMIT_FSIZE, (20_000, 20_000))
@@ -590,6 +591,7 @@ def test_a_full_disk_in_wandbs_folder_is_told_once_and_training_goes_on(with_wan
     assert metrics(out)[-1]["step"] == 400
 
 
+@pytest.mark.slow
 def test_a_wandb_that_hangs_does_not_hold_up_a_run_that_is_told_to_stop(with_wandb):
     process, core, out, log = with_wandb(max_iters=100_000)
     os.kill(core, signal.SIGSTOP)

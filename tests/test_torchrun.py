@@ -153,6 +153,7 @@ def test_half_of_torchruns_environment_gets_one_line(keys, tmp_path, monkeypatch
         train.main(keys(tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_evaluation_over_ranks_is_that_of_one_process(keys, alone, tmp_path, capfd):
     log = tmp_path / "log"
     arguments = keys(alone, init_from="resume", eval_only=True)
@@ -163,6 +164,7 @@ def test_evaluation_over_ranks_is_that_of_one_process(keys, alone, tmp_path, cap
     assert len(told) == 1
 
 
+@pytest.mark.slow
 def test_decisions_are_told_once(keys, tmp_path):
     out, log = tmp_path / "out", tmp_path / "log"
     watched = dict(chrono_prune_phi=1, chrono_prune_min_tokens=0, chrono_prune_min_updates=1, max_iters=6)
@@ -174,6 +176,7 @@ def test_decisions_are_told_once(keys, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_restart_does_not_take_another_runs_folder_for_its_own(keys, alone, tmp_path):
     log = tmp_path / "log"
     before = {path.name: path.read_bytes() for path in alone.iterdir() if path.is_file()}
