@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,16 +21,16 @@ from chronomoe.config import ChronoConfig
 from chronomoe.dispatch import (
     Dispatch,
     from_experts,
-    kept_counts,
     kept_gates,
     plan_dispatch,
     row_weights,
     run_lengths,
     to_experts,
 )
-from chronomoe.router import ChronoRouter, RouterBias, RouterState
-from chronomoe.state import widened
+from chronomoe.router import ChronoRouter, RouterBias, RouterState, Routing
+from chronomoe.statistics import collect_trace
 from chronomoe.trace import MoETrace
+from cross_entropy import IGNORED, linear_cross_entropy
 
 
 @dataclass
@@ -139,16 +139,15 @@ class MLPExperts(nn.Module):
         # unbind, not w[e]: the backward of w[e] fills a zero tensor the size of all experts for each expert
         fc_biases = self.fc_bias.unbind(0) if self.fc_bias is not None else None
         proj_biases = self.proj_bias.unbind(0) if self.proj_bias is not None else None
-        slices = weights.split(sizes, dim=-1) if weights is not None else None
         outputs, sums = [], []
+        slices = None if weights is None else weights.split(sizes, dim=-1)
         for e, (x, fc, proj) in enumerate(zip(rows.split(sizes), self.c_fc.unbind(0), self.c_proj.unbind(0))):
             h = x @ fc if fc_biases is None else x @ fc + fc_biases[e]
             h = F.gelu(h)
             y = h @ proj if proj_biases is None else h @ proj + proj_biases[e]
-            y = self.dropout(y)
-            outputs.append(y)
+            outputs.append(self.dropout(y))
             if slices is not None:
-                sums.append(_weighted_sum(slices[e], y))
+                sums.append(_weighted_sum(slices[e], outputs[-1]))
         return torch.cat(outputs), torch.stack(sums, dim=1) if sums else None
 
     def _forward_grouped(self, rows, plan, weights):
@@ -159,10 +158,7 @@ class MLPExperts(nn.Module):
         h = _grouped_linear(rows, self.c_fc, self.fc_bias, plan, one_hot)
         y = _grouped_linear(F.gelu(h), self.c_proj, self.proj_bias, plan, one_hot)
         y = self.dropout(y)
-        if weights is None:
-            return y, None
-        per_expert = one_hot.t() * weights.unsqueeze(1)  # [2, E, S]
-        return y, _weighted_sum(per_expert.flatten(0, 1), y).view(2, len(self.c_fc), -1)
+        return y, None if weights is None else _sums_by_selector(weights, y, one_hot)
 
 
 def _grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Dispatch, one_hot: Tensor | None) -> Tensor:
@@ -172,18 +168,26 @@ def _grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Dispat
     return out if bias is None else out + one_hot.bfloat16() @ bias.squeeze(1).bfloat16()
 
 
-@torch.no_grad()
 def _weighted_sum(weights: Tensor, y: Tensor) -> Tensor:
     """weights [W, n] @ y [n, D] without autocast: phi taken from bfloat16 sums is off by 2e-4."""
-    with torch.autocast(y.device.type, enabled=False):
-        y = widened(y)
-        return weights.to(y.dtype) @ y
+    return torch.mm(weights, y.detach())
+
+
+@torch.no_grad()
+def _sums_by_selector(weights: Tensor, y: Tensor, one_hot: Tensor) -> Tensor:
+    """Sums [2, E, D] of outputs y [S, D] by weights [2, S], the rows of each expert marked in one_hot [S, E].
+
+    Without autocast: phi taken from bfloat16 sums is off by 2e-4.
+    """
+    with torch.autocast(weights.device.type, enabled=False):
+        per_expert = one_hot.t() * weights.unsqueeze(1)  # [2, E, S]
+        return (per_expert.flatten(0, 1) @ y.to(weights.dtype)).view(2, one_hot.shape[1], -1)
 
 
 class LayerTrace(NamedTuple):
-    aux_loss: Tensor  # []
-    router_z_loss: Tensor  # []
-    stats: dict[str, Tensor]  # MoETrace's fields, of one layer
+    routing: Routing
+    kept: Tensor | None  # [E] slots within the experts' capacity; None: all that were chosen
+    outputs: Tensor | None  # [2, E, D] sums of y_e and of g_e y_e; None where step 2 is off
 
 
 class MOELayer(nn.Module):
@@ -203,18 +207,14 @@ class MOELayer(nn.Module):
     def forward(self, x: Tensor, bias: RouterBias | None, with_stats: bool) -> tuple[Tensor, LayerTrace]:
         """Mixture output for x [B, T, D], and what the layer has to tell."""
         tokens = x.reshape(-1, x.shape[-1])
-        routing = self.router(tokens, bias, with_stats=with_stats)
+        routing = self.router(tokens, bias)
         capacity = self.capacity(len(tokens))
         plan = plan_dispatch(routing.experts, self.config.n_exp, capacity)
         gates = kept_gates(routing.gates, plan)
         weights = row_weights(gates.detach(), plan) if with_stats and self.config.chrono.coherence else None
-        rows, sums = self.experts(to_experts(tokens, plan), plan, weights)
-        stats = routing.stats
-        if with_stats:
-            stats["kept"] = kept_counts(plan, capacity).to(gates.dtype)
-        if sums is not None:
-            stats["output"], stats["gated_output"] = sums.unbind(0)
-        return from_experts(rows, gates, plan).view_as(x), LayerTrace(routing.aux_loss, routing.router_z_loss, stats)
+        rows, outputs = self.experts(to_experts(tokens, plan), plan, weights)
+        kept = None if capacity is None else routing.chosen.clamp_max(capacity)
+        return from_experts(rows, gates, plan).view_as(x), LayerTrace(routing, kept, outputs)
 
     def capacity(self, num_tokens: int) -> int | None:
         """Slots an expert takes, by nanoMoE's rule: an even number, at least min_capacity. None: dropless."""
@@ -288,13 +288,18 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.02, generator=generator)
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, return_trace: bool = False
-    ) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, MoETrace]:
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        return_trace: bool | Literal["state"] = False,
+        return_logits: bool = True,
+    ) -> tuple[Tensor | None, Tensor | None] | tuple[Tensor | None, Tensor | None, MoETrace]:
         """Logits and loss of token ids idx [B, T], T at most block_size; with return_trace, also the MoETrace.
 
         targets [B, T]: ids, -1 is left out. Logits are [B, T, vocab_size], or [B, 1, vocab_size] of the last position
-        without targets. The loss is cross-entropy in nats per token; in train mode plus the weighted auxiliary losses.
-        Raises ValueError if T exceeds block_size.
+        without targets; with return_logits=False they are None if there are targets, and need no memory where the
+        vocabulary is large. return_trace="state" leaves out of the trace what only logs read. The loss is cross-entropy
+        in nats per token; in train mode plus the weighted auxiliary losses. Raises ValueError if T exceeds block_size.
         """
         T = idx.shape[1]
         if T > self.config.block_size:
@@ -305,19 +310,24 @@ class GPT(nn.Module):
         layers: list[LayerTrace] = []
         for block in t.h:
             bias = next(biases) if isinstance(block.mlp, MOELayer) else None
-            x, layer = block(x, bias, return_trace)
+            x, layer = block(x, bias, bool(return_trace))
             if layer is not None:
                 layers.append(layer)
         x = t.ln_f(x)
 
         zero = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
-        aux_loss = sum((layer.aux_loss for layer in layers), zero)
-        router_z_loss = sum((layer.router_z_loss for layer in layers), zero)
+        aux_loss = sum((layer.routing.aux_loss for layer in layers), zero)
+        router_z_loss = sum((layer.routing.router_z_loss for layer in layers), zero)
         if targets is None:
             logits, cross_entropy, loss = self.lm_head(x[:, -1:]), zero, None
         else:
-            logits = self.lm_head(x)
-            cross_entropy = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+            x, targets = x.flatten(0, 1), targets.flatten()
+            if return_logits:
+                logits = self.lm_head(x)
+                cross_entropy = F.cross_entropy(logits, targets, ignore_index=IGNORED)
+                logits = logits.view(*idx.shape, -1)
+            else:
+                logits, cross_entropy = None, linear_cross_entropy(x, self.lm_head.weight, targets)
             loss = cross_entropy
             if self.training and self.config.use_aux_loss:
                 loss = loss + self.config.aux_loss_weight * aux_loss
@@ -325,8 +335,18 @@ class GPT(nn.Module):
                 loss = loss + self.config.router_z_loss_weight * router_z_loss
         if not return_trace:
             return logits, loss
-        stats = [layer.stats for layer in layers]
-        return logits, loss, MoETrace.from_layers(stats, idx.numel(), cross_entropy, aux_loss, router_z_loss)
+        routings, kept, outputs = zip(*layers) if layers else ((), (), ())
+        losses = cross_entropy, aux_loss, router_z_loss
+        trace = collect_trace(
+            routings,
+            self.config.chrono,
+            idx.numel(),
+            *losses,
+            kept=[k for k in kept if k is not None],
+            outputs=[o for o in outputs if o is not None],
+            logged=return_trace != "state",
+        )
+        return logits, loss, trace
 
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Number of parameters, by default without position embeddings; token embeddings are the output layer."""

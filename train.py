@@ -24,7 +24,7 @@ from model import GPT, GPTConfig
 from trainer import checkpoint as checkpoints
 from trainer import resume, weights
 from trainer import settings as setting
-from trainer.data import EVAL_SEED, SPLITS, TokenData, open_dataset
+from trainer.data import EVAL_SEED, SPLITS, Prefetcher, TokenData, open_dataset
 from trainer.errors import UserError, first_line, run
 from trainer.flops import flops_per_token, peak
 from trainer.guard import NonFiniteGuard, Skipped
@@ -118,13 +118,10 @@ def train(given: dict[str, Any], ranks: Ranks, caught: list[int], closing: conte
     if s.compile:
         torch._dynamo.config.capture_scalar_outputs = True  # the loop over experts reads their token counts
         forward = torch.compile(model)
+        loop.compile()
     averaged = ranks.wrap(forward, device)
 
-    def batch(split: str, seed: int, at_step: int, micro: int):
-        x, y = data.batch(split, seed, at_step, micro, s.batch_size)
-        if device.type == "cuda":
-            return x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
-        return x.to(device), y.to(device)
+    batches = Prefetcher(data, s.batch_size, device)
 
     @torch.no_grad()
     def evaluate() -> float | None:
@@ -137,8 +134,9 @@ def train(given: dict[str, Any], ranks: Ranks, caught: list[int], closing: conte
             if stop:
                 break
             if i + ranks.rank < s.eval_iters:
+                x, y = batches.batch("val", EVAL_SEED, 0, i + ranks.rank)
                 with autocast():
-                    losses[i + ranks.rank] = forward(*batch("val", EVAL_SEED, 0, i + ranks.rank))[1]
+                    losses[i + ranks.rank] = forward(x, y, return_logits=False)[1]
         model.train()
         return None if stop else sum(ranks.sum(losses).tolist()) / s.eval_iters
 
@@ -219,13 +217,16 @@ def train(given: dict[str, Any], ranks: Ranks, caught: list[int], closing: conte
         lr = learning_rate(s, step)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        logs = (step + 1) % s.log_interval == 0 or step + 1 == s.max_iters
+        observe = True if logs or s.compile else "state"  # compiled, two kinds of step cost more than they save
         total = None
         micros = range(ranks.rank, s.gradient_accumulation_steps, ranks.count)  # of the step's, this rank's
         for micro in micros:
-            x, y = batch("train", s.seed, step, micro)
+            next_step, next_micro = (step, micro + ranks.count) if micro != micros[-1] else (step + 1, ranks.rank)
+            x, y = batches.batch("train", s.seed, step, micro, following=("train", s.seed, next_step, next_micro))
             with nullcontext() if ranks.count == 1 or micro == micros[-1] else averaged.no_sync():
                 with autocast():
-                    _, loss, trace = averaged(x, y, return_trace=True)
+                    _, loss, trace = averaged(x, y, return_trace=observe, return_logits=False)
                 scaler.scale(loss / len(micros)).backward()
             total = trace if total is None else total + trace
         total = total.summed_over_ranks()
@@ -243,7 +244,7 @@ def train(given: dict[str, Any], ranks: Ranks, caught: list[int], closing: conte
         log.tick()
 
         line: dict[str, float | None] = {"step": step}
-        if step % s.log_interval == 0 or step == s.max_iters:
+        if logs:
             ms = (time.perf_counter() - timer) * 1000 / (step - timed_from)
             line |= step_values(s, total, lr, grad_norm, ms, step) | {"train/skipped": guard.total.item()} | loop.read()
             if most_tokens_per_s is not None:

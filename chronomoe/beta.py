@@ -17,20 +17,25 @@ from chronomoe.router import RouterState
 
 @torch.no_grad()
 def update_beta(
-    router_state: RouterState, coherence: CoherenceBuffer, ok: Tensor, follows: Tensor | None = None
+    router_state: RouterState,
+    coherence: CoherenceBuffer,
+    ok: Tensor,
+    follows: Tensor | None = None,
+    phi_slow: Tensor | None = None,
 ) -> None:
     """One step of beta from phi_slow; where `ok` [] bool is False nothing changes.
 
     `follows` [L, E] int64 gives each expert the coherence of another one of its layer (signal 'shuffled').
+    phi_slow [L, E] spares taking it from `coherence` again.
     """
     config = router_state.config
-    phi, observed = coherence.phi("slow"), coherence.observed()
+    phi, observed = coherence.phi("slow") if phi_slow is None else phi_slow, coherence.observed()
     if follows is not None:
         phi, observed = phi.gather(-1, follows), observed.gather(-1, follows)
-    drift = torch.where(observed, config.eta * (phi - config.tau), 0.0)
+    drift = config.eta * (phi - config.tau) * observed
     if config.center:
         mean = drift.sum(-1, keepdim=True) / observed.sum(-1, keepdim=True).clamp_min(1)
-        drift = torch.where(observed, drift - mean, 0.0)
+        drift = (drift - mean) * observed
     _apply(router_state, drift, ok)
 
 
@@ -45,8 +50,8 @@ def update_beta_from_load(router_state: RouterState, chosen: Tensor, ok: Tensor)
 
 
 def _apply(router_state: RouterState, drift: Tensor, ok: Tensor) -> None:
-    beta, k_max = router_state.beta_coeff, router_state.config.k_max
-    beta.copy_(torch.where(ok, (beta + drift).clamp(-k_max, k_max), beta))
+    k_max = router_state.config.k_max
+    router_state.beta_coeff.add_(drift * ok).clamp_(-k_max, k_max)
 
 
 def derangement(num_layers: int, num_experts: int, seed: int) -> Tensor:

@@ -16,26 +16,27 @@ import torch
 from torch import Tensor
 
 
-def js_per_token(p: Tensor, q: Tensor) -> Tensor:
-    """Jensen-Shannon divergence of distributions p and q [..., E], in nats, 0 to ln 2: [...].
+def js_per_token(p: Tensor, q: Tensor, dim: int = -1) -> Tensor:
+    """Jensen-Shannon divergence in nats, 0 to ln 2, of distributions p and q over the experts, which `dim` counts.
 
-    With t = (q - p) / (q + p) the summand is (p + q)/4 * ((1 - t) log(1 - t) + (1 + t) log(1 + t)), which stays
-    accurate where p and q nearly agree and is exactly 0 where they agree.
+    With t = (q - p) / (q + p) the summand is (p + q)/4 * (log(1 - t^2) + 2 t atanh(t)), which stays accurate where p
+    and q nearly agree and is exactly 0 where they agree.
     """
     total = p + q
-    t = (q - p) / total.clamp_min(torch.finfo(total.dtype).tiny)
-    summand = torch.special.xlog1py(1 - t, -t) + torch.special.xlog1py(1 + t, t)
-    return (total * summand).sum(-1) / 4
+    precision = torch.finfo(total.dtype)
+    most = 1 - precision.eps / 2  # where one of the two is 0, so that neither logarithm is infinite
+    t = ((q - p) / total.clamp_min(precision.tiny)).clamp(-most, most)
+    return (total * torch.log1p(-t * t).addcmul(t, t.atanh(), value=2)).sum(dim) / 4
 
 
-def overlap_per_token(p: Tensor, q: Tensor) -> Tensor:
-    """Probability mass that moved from p to q [..., E]: [...], 0 to 1 (the total variation distance)."""
-    return (q - p).clamp_min(0).sum(-1)
+def overlap_per_token(p: Tensor, q: Tensor, dim: int = -1) -> Tensor:
+    """Probability mass that moved from p to q, 0 to 1 (the total variation distance); experts along `dim`."""
+    return (q - p).clamp_min(0).sum(dim)
 
 
-def disagreement_per_token(p: Tensor, q: Tensor, signal: str) -> Tensor:
-    """The disagreement that the bridge reads, `signal` 'js' or 'overlap', of p and q [..., E]: [...]."""
-    return js_per_token(p, q) if signal == "js" else overlap_per_token(p, q)
+def disagreement_per_token(p: Tensor, q: Tensor, signal: str, dim: int = -1) -> Tensor:
+    """The disagreement that the bridge reads, `signal` 'js' or 'overlap', of p and q; experts along `dim`."""
+    return js_per_token(p, q, dim) if signal == "js" else overlap_per_token(p, q, dim)
 
 
 def compute_js_divergence(p: Tensor, q: Tensor) -> Tensor:
@@ -48,17 +49,22 @@ def compute_flip_rate(p: Tensor, q: Tensor, top_k: int = 1) -> Tensor:
 
     With top_k=1 the share of tokens whose first expert changed.
     """
-    return changed_share(p.topk(top_k, dim=-1).indices, q.topk(top_k, dim=-1).indices).mean()
+    return (clean_rank(p, q.topk(top_k, dim=-1).indices) >= top_k).to(p.dtype).mean()
 
 
-def changed_share(a: Tensor, b: Tensor) -> Tensor:
-    """Share of the entries of each row of a [N, K] that are not in the same row of b [N, K]: [N] float32."""
-    return 1 - (a.unsqueeze(-1) == b.unsqueeze(-2)).any(-1).float().mean(-1)
+def clean_rank(z: Tensor, experts: Tensor, by_expert: Tensor | None = None) -> Tensor:
+    """How many of the values z [..., N, E] are larger than that of each choice `experts` [..., N, K]: [K, ..., N].
+
+    A choice is among the K largest if its rank is below K. by_expert: z as [..., E, N], if the caller has it.
+    """
+    by_expert = z.transpose(-1, -2) if by_expert is None else by_expert
+    chosen = z.gather(-1, experts).movedim(-1, 0).unsqueeze(-2)  # [K, ..., 1, N]
+    return (by_expert > chosen).sum(-2)
 
 
 def compute_relevance(disagreement: Tensor, threshold: float = 0.2) -> Tensor:
     """Strength r in [0, 1] with which beta is applied at a disagreement of any shape, elementwise."""
-    return (1 - (disagreement - threshold) / (2 * threshold)).clamp(0, 1)
+    return (1.5 - disagreement / (2 * threshold)).clamp(0, 1)
 
 
 def reach(bias: float) -> dict[str, float]:

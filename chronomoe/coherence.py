@@ -74,13 +74,14 @@ class CoherenceBuffer(StateModule):
         """Take in one step's sums, for the experts that got tokens; where `ok` [] bool is False only time passes."""
         self.step += 1
         phi_raw = coherence(trace.output, trace.gated_output, self.config.reference)
-        active = ok & (trace.kept > 0) & phi_raw.isfinite()
+        active = ok & (trace.kept > 0) & (phi_raw.abs() < torch.inf)
+        phi_raw = torch.where(active, phi_raw, 0.0).to(self.phi_slow.dtype)
+        moves = active.to(phi_raw.dtype)
         for clock in CLOCKS:
-            ema = getattr(self, f"phi_{clock}")
-            alpha = getattr(self.config, f"alpha_{clock}")
-            ema.copy_(torch.where(active, alpha * ema + (1 - alpha) * phi_raw, ema))
+            # a weight of 0 leaves an EMA as it is
+            getattr(self, f"phi_{clock}").lerp_(phi_raw, moves * (1 - getattr(self.config, f"alpha_{clock}")))
         self.update_count += active
-        self.total_tokens_seen += torch.where(active, trace.kept, 0).round().long()
+        self.total_tokens_seen += (trace.kept * active).long()
         self.last_update_step.copy_(torch.where(active, self.step, self.last_update_step))
 
     def phi(self, clock: str) -> Tensor:
@@ -90,8 +91,8 @@ class CoherenceBuffer(StateModule):
         if not self.config.ema_debias or alpha == 0:
             return ema
         # 1 - alpha^n, without the cancellation of float32 at alpha = 0.999 and small n
-        weight = -torch.expm1(self.update_count.to(ema.dtype) * math.log(alpha))
-        return torch.where(self.update_count > 0, ema / weight, 0.0)
+        count = self.update_count.clamp_min(1).to(ema.dtype)
+        return ema / -torch.expm1(count * math.log(alpha))
 
     def ever_observed(self) -> Tensor:
         """[L, E] bool: the expert has had a token."""
@@ -101,11 +102,12 @@ class CoherenceBuffer(StateModule):
         """[L, E] bool: the expert has had a token within the last `window` steps."""
         return self.ever_observed() & (self.step - self.last_update_step < self.config.window)
 
-    def layer_phi(self) -> Tensor:
+    def layer_phi(self, phi_slow: Tensor | None = None) -> Tensor:
         """Token-weighted mean of phi_slow over a layer's experts, [L]; 0 before any token."""
-        tokens = self.total_tokens_seen.to(self.phi_slow.dtype)
-        return (self.phi("slow") * tokens).sum(-1) / tokens.sum(-1).clamp_min(1)
+        phi_slow = self.phi("slow") if phi_slow is None else phi_slow
+        tokens = self.total_tokens_seen.to(phi_slow.dtype)
+        return (phi_slow * tokens).sum(-1) / tokens.sum(-1).clamp_min(1)
 
-    def starving(self) -> Tensor:
-        """[L] bool: the layer's coherence is below `starving_phi`."""
-        return self.layer_phi() < self.config.starving_phi
+    def starving(self, phi_slow: Tensor | None = None) -> Tensor:
+        """[L] bool: the layer's coherence is below `starving_phi`. phi_slow [L, E] spares taking it again."""
+        return self.layer_phi(phi_slow) < self.config.starving_phi

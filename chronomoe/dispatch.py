@@ -103,11 +103,6 @@ def run_lengths(plan: Dispatch) -> Tensor:
     return plan.ends.diff(prepend=plan.ends.new_zeros(1))
 
 
-def kept_counts(plan: Dispatch, capacity: int | None) -> Tensor:
-    """Slots that each expert kept, [E] int32."""
-    return run_lengths(plan) if capacity is None else run_lengths(plan).clamp_max(capacity)
-
-
 def row_weights(gates: Tensor, plan: Dispatch) -> Tensor:
     """What each sorted row counts in its expert's sums of y and of g*y, [2, S], from the kept gates [N, K]."""
     used = gates.t().reshape(-1).index_select(0, plan.order)

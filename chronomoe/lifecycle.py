@@ -47,23 +47,24 @@ class LifecycleCoordinator(StateModule):
         self.register_buffer("since", torch.zeros(shape, dtype=torch.int64))
         self.register_buffer("reported", torch.zeros(shape, dtype=torch.bool))
 
-    def evaluate(self, coherence: CoherenceBuffer) -> Tensor:
-        """The rules' answer now, [2, L, E] bool."""
+    def evaluate(self, coherence: CoherenceBuffer, phi_slow: Tensor | None = None) -> Tensor:
+        """The rules' answer now, [2, L, E] bool. phi_slow [L, E] spares taking it from `coherence` again."""
         config = self.config
+        phi_slow = coherence.phi("slow") if phi_slow is None else phi_slow
         few = coherence.total_tokens_seen < config.unused_tokens
         silent = coherence.step - coherence.last_update_step >= config.window
-        unused = (few | silent) & (coherence.step >= config.unused_after) & ~coherence.starving().unsqueeze(-1)
+        unused = (few | silent) & (coherence.step >= config.unused_after) & ~coherence.starving(phi_slow).unsqueeze(-1)
         incoherent = (
-            (coherence.phi("slow") < config.prune_phi)
+            (phi_slow < config.prune_phi)
             & (coherence.total_tokens_seen > config.prune_min_tokens)
             & (coherence.update_count > config.prune_min_updates)
         )
         return torch.stack([unused, incoherent])
 
     @torch.no_grad()
-    def update(self, coherence: CoherenceBuffer) -> None:
+    def update(self, coherence: CoherenceBuffer, phi_slow: Tensor | None = None) -> None:
         """Open and withdraw candidates for this step."""
-        now = self.evaluate(coherence)
+        now = self.evaluate(coherence, phi_slow)
         self.since.copy_(torch.where(now != self.open, coherence.step, self.since))
         self.open.copy_(now)
 

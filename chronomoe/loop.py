@@ -53,22 +53,33 @@ class ChronoLoop:
 
         found_inf: [] tensor, nonzero where the gradient was not finite: the step was skipped, so is its observation.
         """
-        config = self.config
         trace = trace.summed_over_ranks()
-        ok = trace.cross_entropy.isfinite()
+        self._update(trace, found_inf)
+        self.last = trace
+
+    def compile(self, **options) -> None:
+        """Fuse the step's kernels by torch.compile, which takes the options, from its next call on."""
+        self._update = torch.compile(self._update, fullgraph=True, dynamic=False, **options)
+
+    @torch.no_grad()
+    def _update(self, trace: MoETrace, found_inf: Tensor | None) -> None:
+        config = self.config
+        ok = trace.cross_entropy < torch.inf  # not where it is no number, and below 0 it cannot be
         if found_inf is not None:
             ok = ok & (found_inf == 0)
         if config.router:
             self.router_state.update(trace, ok)
+        phi_slow = None
         if config.coherence:
             self.coherence.update(trace, ok)
+            phi_slow = self.coherence.phi("slow")
         if config.beta and config.signal == "load":
             update_beta_from_load(self.router_state, trace.chosen, ok)
         elif config.beta:
-            update_beta(self.router_state, self.coherence, ok, self.follows if config.signal == "shuffled" else None)
+            follows = self.follows if config.signal == "shuffled" else None
+            update_beta(self.router_state, self.coherence, ok, follows, phi_slow)
         if config.lifecycle:
-            self.lifecycle.update(self.coherence)
-        self.last = trace
+            self.lifecycle.update(self.coherence, phi_slow)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         return {"coherence": self.coherence.state_dict(), "lifecycle": self.lifecycle.state_dict()}

@@ -19,13 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from chronomoe.bridge import (
-    changed_share,
-    compute_relevance,
-    disagreement_per_token,
-    js_per_token,
-    overlap_per_token,
-)
+from chronomoe.bridge import compute_relevance, disagreement_per_token
 from chronomoe.config import ChronoConfig
 from chronomoe.state import StateModule, widened
 from chronomoe.trace import MoETrace
@@ -72,14 +66,15 @@ class RouterState(StateModule):
         """Take in one step's sums; where `ok` [] bool is False nothing changes."""
         config = self.config
         std = (trace.logit_var / trace.tokens).sqrt()
-        alpha = config.logit_std_alpha
-        smoothed = torch.where(self.updates > 0, alpha * self.logit_std + (1 - alpha) * std, std)
+        # the first observation is taken whole
+        weight = (self.updates == 0).to(std.dtype).clamp_min(1 - config.logit_std_alpha)
         # finite even where ok: a logit of -inf leaves loss and gradient finite, and its variance is none
-        self.logit_std.copy_(torch.where(ok & std.isfinite(), smoothed, self.logit_std))
+        good = ok & (std < torch.inf)
+        self.logit_std.lerp_(torch.where(good, std, self.logit_std), weight)
         self.updates += ok
         if config.bridge:
             seen = trace.disagreement / trace.tokens
-            self.disagreement.copy_(torch.where(ok & seen.isfinite(), seen, self.disagreement))
+            self.disagreement.copy_(torch.where(ok & (seen < torch.inf), seen, self.disagreement))
             self.relevance.copy_(compute_relevance(self.disagreement, config.bridge_threshold))
 
 
@@ -90,9 +85,11 @@ class Routing(NamedTuple):
     gates: Tensor  # [N, K] float32, each row sums to 1
     z_clean: Tensor  # [N, E]
     z_biased: Tensor  # [N, E]
+    chosen: Tensor  # [E] slots that chose the expert
     aux_loss: Tensor  # [], with a gradient
     router_z_loss: Tensor  # [], with a gradient
-    stats: dict[str, Tensor]  # fields of MoETrace, of this layer alone
+    bias: RouterBias | None  # as given
+    relevance: Tensor | None  # [] or [N, 1], the strength with which the bias was applied; None without a bias
 
 
 class ChronoRouter(nn.Module):
@@ -140,26 +137,16 @@ class ChronoRouter(nn.Module):
                 logits = logits + scale * torch.randn_like(scale)
         return widened(logits)
 
-    def forward(
-        self, x: Tensor, bias: RouterBias | None = None, top_k: int | None = None, with_stats: bool = False
-    ) -> Routing:
-        """Route hidden states x [N, D]. `with_stats` adds the sums that ChronoLoop needs."""
-        top_k = top_k or self.top_k
+    def forward(self, x: Tensor, bias: RouterBias | None = None, top_k: int | None = None) -> Routing:
+        """Route hidden states x [N, D]."""
         z_clean = self.clean_logits(x)
-        disagreement = relevance = None
-        z_biased = z_clean
+        z_biased, relevance = z_clean, None
         if bias is not None:
             # The bias is state: constant to autograd, and added in at least float32.
-            relevance = bias.relevance.to(z_clean.dtype)
-            if self.config.bridge and (with_stats or self.config.bridge_scope == "token"):
-                with torch.no_grad():
-                    p, q = z_clean.softmax(-1), (z_clean + bias.beta_eff).softmax(-1)
-                    disagreement = disagreement_per_token(p, q, self.config.bridge_signal)
-                if self.config.bridge_scope == "token":
-                    relevance = compute_relevance(disagreement, self.config.bridge_threshold).unsqueeze(-1)
+            relevance = self._relevance(z_clean, bias)
             z_biased = z_clean + relevance * bias.beta_eff
 
-        chosen, experts = z_biased.topk(top_k, dim=-1)
+        chosen, experts = z_biased.topk(top_k or self.top_k, dim=-1)
         if bias is not None and self.config.gates == "clean":
             chosen = z_clean.gather(-1, experts)
         gates = chosen.softmax(-1)
@@ -170,24 +157,15 @@ class ChronoRouter(nn.Module):
         aux_loss = self.num_experts * (gate_of_expert.mean(0) * (chose / len(x))).sum()
         # ST-MoE, https://arxiv.org/abs/2202.08906 eq. 5.
         router_z_loss = z_clean.logsumexp(-1).square().mean()
-
-        stats = {"chosen": chose} if with_stats else {}
-        if with_stats and bias is not None:
-            stats |= self._disagreement_sums(z_clean, z_biased, experts, top_k)
-            stats["disagreement"] = stats[self.config.bridge_signal] if disagreement is None else disagreement.sum()
-            stats["relevance"] = relevance.expand(len(x), 1).sum()
-        return Routing(experts, gates, z_clean, z_biased, aux_loss, router_z_loss, stats)
+        return Routing(experts, gates, z_clean, z_biased, chose, aux_loss, router_z_loss, bias, relevance)
 
     @torch.no_grad()
-    def _disagreement_sums(self, z_clean: Tensor, z_biased: Tensor, experts: Tensor, top_k: int) -> dict[str, Tensor]:
-        """Sums over tokens of what differs between the clean and the biased routing, by MoETrace's names."""
-        p, q = z_clean.softmax(-1), z_biased.softmax(-1)
-        clean_experts = z_clean.topk(top_k, dim=-1).indices
-        return {
-            "prob": q.sum(0),
-            "logit_var": z_clean.var(-1).sum(),
-            "js": js_per_token(p, q).sum(),
-            "overlap": overlap_per_token(p, q).sum(),
-            "flip": changed_share(clean_experts[:, :1], experts[:, :1]).sum(),
-            "flip_set": changed_share(clean_experts, experts).sum(),
-        }
+    def _relevance(self, z_clean: Tensor, bias: RouterBias) -> Tensor:
+        """How strongly to apply the bias: [], or [N, 1] where each token is judged by itself."""
+        config = self.config
+        if not (config.bridge and config.bridge_scope == "token"):
+            return bias.relevance.to(z_clean.dtype)
+        z = z_clean.t().contiguous()  # [E, N], see statistics.py
+        p, q = z.softmax(0), (z + bias.beta_eff.unsqueeze(-1)).softmax(0)
+        disagreement = disagreement_per_token(p, q, config.bridge_signal, dim=0)
+        return compute_relevance(disagreement, config.bridge_threshold).unsqueeze(-1)

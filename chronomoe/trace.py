@@ -42,20 +42,6 @@ class MoETrace:
 
     of_all_ranks: bool = False  # summed over ranks already
 
-    @classmethod
-    def from_layers(
-        cls,
-        layers: list[dict[str, Tensor]],
-        tokens: int,
-        cross_entropy: Tensor,
-        aux_loss: Tensor,
-        router_z_loss: Tensor,
-    ) -> MoETrace:
-        """Stack the sums of each layer, in the model's order; `layers` is empty for a dense model."""
-        stacked = {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]} if layers else {}
-        losses = [loss.detach() for loss in (cross_entropy, aux_loss, router_z_loss)]
-        return cls(torch.full_like(losses[0], tokens), torch.ones_like(losses[0]), *losses, **stacked)
-
     def present(self) -> dict[str, Tensor]:
         """The tensors that are not None, by name."""
         return {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}

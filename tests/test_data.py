@@ -6,13 +6,15 @@ import json
 import os
 import pickle
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 
 import train
-from trainer.data import DATA, EVAL_SEED, GPT2_VOCAB_SIZE, TokenData, load_prepare, open_dataset
+from trainer.data import DATA, EVAL_SEED, GPT2_VOCAB_SIZE, Prefetcher, TokenData, load_prepare, open_dataset
 from trainer.errors import UserError
 from trainer.tokenizer import END_OF_TEXT, byte_encoding
 
@@ -410,3 +412,21 @@ def test_a_damaged_meta_pkl_is_refused(content, tmp_path):
     with pytest.raises(UserError) as error:
         TokenData(tmp_path, BLOCK)
     assert str(tmp_path / "meta.pkl") in one_line(error)
+
+
+def test_batches_made_ahead_are_the_batches_in_whatever_order_they_are_asked_for(counting):
+    ahead = Prefetcher(counting, 4, torch.device("cpu"))
+    assert ahead.pool is None
+    ahead.pool = ThreadPoolExecutor(1)
+    made_by = []
+    make = ahead._make
+    ahead._make = lambda *place: made_by.append(threading.current_thread() is threading.main_thread()) or make(*place)
+    places = [("train", 1, step, micro) for step in range(3) for micro in range(2)]
+    for place, following in zip(places, [*places[1:], None]):
+        for ours, theirs in zip(ahead.batch(*place, following=following), counting.batch(*place, 4)):
+            assert torch.equal(ours, theirs)
+        if place == places[2]:  # an evaluation comes between
+            assert torch.equal(ahead.batch("val", 0, 0, 3)[0], counting.batch("val", 0, 0, 3, 4)[0])
+    assert made_by.count(True) == 2 and made_by.count(False) == 5
+    ahead.batch(*places[0], following=("train", 1, 9, 9))
+    assert torch.equal(ahead.batch(*places[1])[0], counting.batch(*places[1], 4)[0])

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from chronomoe import ChronoConfig, ChronoLoop, ChronoRouter, MoETrace, RouterState
+from chronomoe import ChronoConfig, ChronoLoop, ChronoRouter, RouterState, collect_trace
 
 
 class SimpleMoELayer(nn.Module):
@@ -16,19 +16,15 @@ class SimpleMoELayer(nn.Module):
         self.router_state = RouterState(1, num_experts, config)
 
     def forward(self, x):
-        routing = self.router(x, self.router_state.layer_biases()[0], with_stats=True)
+        routing = self.router(x, self.router_state.layer_biases()[0])
         gates = torch.zeros_like(routing.z_clean).scatter(-1, routing.experts, routing.gates)  # [N, E]
         outputs = torch.stack([expert(x) for expert in self.experts], dim=1)  # [N, E, D]
         y = (gates.unsqueeze(-1) * outputs).sum(1)
         with torch.no_grad():
             chosen = (gates > 0).unsqueeze(-1)
-            stats = routing.stats | {
-                "kept": routing.stats["chosen"],
-                "output": (outputs * chosen).sum(0),
-                "gated_output": (outputs * gates.unsqueeze(-1)).sum(0),
-            }
-        zero = torch.zeros(())
-        return y, MoETrace.from_layers([stats], len(x), zero, routing.aux_loss, routing.router_z_loss)
+            sums = torch.stack([(outputs * chosen).sum(0), (outputs * gates.unsqueeze(-1)).sum(0)])
+        losses = torch.zeros(()), routing.aux_loss, routing.router_z_loss
+        return y, collect_trace([routing], self.router_state.config, len(x), *losses, outputs=[sums])
 
 
 def test_the_plans_loop_closes_on_another_moe():

@@ -6,7 +6,9 @@ import math
 import pytest
 import torch
 from common import adamw, build, chrono, draw_beta, loop_state, tokens, train_step
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import model as model_module
 from chronomoe import (
     ChronoConfig,
     ChronoLoop,
@@ -14,6 +16,7 @@ from chronomoe import (
     LifecycleCoordinator,
     MoETrace,
     RouterState,
+    statistics,
     update_beta,
 )
 from chronomoe.beta import derangement
@@ -308,3 +311,77 @@ def test_before_any_token_no_layer_statistic_divides_by_zero():
     assert buffer.layer_phi().tolist() == [0.0]
     coordinator.update(buffer)
     assert coordinator.candidates() == 0  # a layer without tokens starves
+
+
+@pytest.mark.parametrize("changes", [{}, {"bridge_scope": "token", "bridge_signal": "overlap"}, {"bridge": False}])
+def test_steps_that_log_and_steps_that_do_not_leave_the_same_state(changes):
+    """Else how often a run logs would change its result."""
+    states, losses = [], []
+    for kinds in ([True] * 6, ["state"] * 6, ["state", True] * 3):
+        model, loop = build(chrono(eta=0.05, bridge_threshold=0.01, **changes))
+        optimizer = adamw(model)
+        forwards = [lambda *batch, model=model, kind=kind, **_: model(*batch, return_trace=kind) for kind in kinds]
+        losses.append([train_step(model, loop, optimizer, [tokens(i)], forward) for i, forward in enumerate(forwards)])
+        states.append(loop_state(loop))
+    for state, loss in zip(states[1:], losses[1:]):
+        assert loss == losses[0]
+        assert all(torch.equal(value, states[0][name]) for name, value in state.items())
+    assert states[0]["coherence.step"] == 6 and (states[0]["router.beta_coeff"] != 0).any()
+
+
+class Kernels(TorchDispatchMode):
+    """Counts operators, which are kernels where they compute."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def kernels_of(layers: int) -> tuple[int, int]:
+    """Operators of the loop's step, and of the statistics that the forward gathers, with so many MoE layers."""
+    model, loop = build(chrono(), n_layer=2 * layers)
+    caught = []
+    gather = model_module.collect_trace
+    model_module.collect_trace = lambda *args, **kwargs: caught.append((args, kwargs)) or gather(*args, **kwargs)
+    try:
+        trace = model(*tokens(0), return_trace=True)[2]
+    finally:
+        model_module.collect_trace = gather
+    with Kernels() as step:
+        loop.step(trace)
+    args, kwargs = caught[0]
+    with Kernels() as statistics:
+        gather(*args, **kwargs)
+    return step.count, statistics.count
+
+
+def test_the_loop_and_the_statistics_take_as_many_kernels_for_twelve_layers_as_for_two():
+    assert kernels_of(2) == kernels_of(12)
+    assert kernels_of(2)[0] < 100
+
+
+def test_layers_taken_in_groups_give_the_same_statistics(monkeypatch):
+    model, _ = build(chrono(), n_layer=10)
+    draw_beta(model)
+    whole = model(*tokens(0), return_trace=True)[2]
+    monkeypatch.setattr(statistics, "LARGEST", 2 * 8 * 16 * 8)  # two layers of the five at a time
+    grouped = model(*tokens(0), return_trace=True)[2]
+    for name, value in whole.present().items():
+        torch.testing.assert_close(value, getattr(grouped, name))
+
+
+def test_a_compiled_step_does_what_the_step_does():
+    states = []
+    for compiled in (False, True):
+        model, loop = build(chrono(eta=0.05, bridge_threshold=0.01))
+        if compiled:
+            loop.compile(backend="aot_eager")
+        for i in range(3):
+            loop.step(model(*tokens(i), return_trace=True)[2], torch.zeros(()))
+        states.append(loop_state(loop))
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    assert (states[1]["router.beta_coeff"] != 0).any()

@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import os
 import pickle
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,31 @@ class TokenData:
         self._check_vocabulary(self.folder / f"{split}.bin", rows.max())
         rows = torch.from_numpy(rows)
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+class Prefetcher:
+    """Batches, the next one prepared in a thread while a GPU works on this one.
+
+    A batch depends on its place only, so nothing is lost where another one than the announced is asked for. On a CPU
+    the thread would take time from training: there batches are made when they are asked for.
+    """
+
+    def __init__(self, data: TokenData, batch_size: int, device: torch.device):
+        self.data, self.batch_size, self.device = data, batch_size, device
+        self.pool = ThreadPoolExecutor(1, "batches") if device.type == "cuda" else None
+        self.announced: tuple[tuple, Future | None] = ((), None)
+
+    def batch(self, *place, following: tuple | None = None) -> tuple[Tensor, Tensor]:
+        """The batch at `place` (split, seed, step, micro-batch) on the device; `following` is the place of the next."""
+        key, future = self.announced
+        x, y = future.result() if future is not None and key == place else self._make(*place)
+        if self.pool is not None and following is not None:
+            self.announced = following, self.pool.submit(self._make, *following)
+        return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+
+    def _make(self, *place) -> tuple[Tensor, Tensor]:
+        x, y = self.data.batch(*place, self.batch_size)
+        return (x.pin_memory(), y.pin_memory()) if self.device.type == "cuda" else (x, y)
 
 
 def open_dataset(name: str, block_size: int) -> TokenData:

@@ -1,0 +1,78 @@
+"""Cross-entropy of an output layer without its logits in memory at once.
+
+    logits z = x W^T,   loss = mean over counted tokens of logsumexp(z) - z_target
+    dz = (softmax(z) - onehot(target)) / count,   dx = dz W,   dW = dz^T x
+
+A vocabulary of 50,000 makes the logits by far the largest tensor of a small model, and a step reads and writes them
+half a dozen times. Here tokens are taken a chunk at a time and the gradients formed at once, in forward, so a chunk's
+logits are gone before the next one's are made and no multiplication is done twice.
+
+Shapes: N tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LARGEST = 1 << 25  # logits held at a time: 128 MB in float32
+IGNORED = -1  # a target that is left out
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, largest: int = LARGEST) -> Tensor:
+    """Mean cross-entropy in nats, [], of the logits x @ weight.T for x [N, D], weight [V, D] and targets [N].
+
+    Targets of -1 are left out; NaN if all are. Differentiable once, in x and weight. At most `largest` logits are held
+    at a time, and what fits into that goes through torch's own operators.
+    """
+    if len(x) * len(weight) <= largest:
+        return F.cross_entropy(F.linear(x, weight), targets, ignore_index=IGNORED)
+    with_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return _LinearCrossEntropy.apply(x, weight, targets, max(largest // len(weight), 1), with_grad)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, targets, chunk, with_grad):
+        device = x.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+        with torch.autocast(device, enabled=False):
+            w = weight.to(dtype)
+            counted = targets != IGNORED
+            places = targets.clamp_min(0).unsqueeze(-1)
+            total = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
+            dx = torch.empty_like(x) if with_grad else None
+            dw = torch.empty_like(weight, dtype=total.dtype) if with_grad else None
+            logits = x.new_empty(min(chunk, len(x)), len(w), dtype=dtype)
+            for start in range(0, len(x), chunk):
+                part = slice(start, start + chunk)
+                x_part, place, mask = x[part].to(dtype), places[part], counted[part].unsqueeze(-1)
+                z = torch.mm(x_part, w.t(), out=logits[: len(x_part)]).to(total.dtype)
+                z_target = z.gather(-1, place)
+                largest = z.amax(-1, keepdim=True)
+                p = z.sub_(largest).exp_()  # not yet over its sum
+                size = p.sum(-1, keepdim=True)
+                total += ((largest + size.log() - z_target) * mask).sum()
+                if with_grad:
+                    # the gradient in the logits, up to the factor 1 / count that backward brings
+                    p.mul_(mask / size).scatter_add_(-1, place, -mask.to(p.dtype))
+                    dz = p.to(dtype)
+                    dx[part] = dz @ w
+                    if dtype == dw.dtype:
+                        dw.addmm_(dz.t(), x_part, beta=float(start > 0))
+                    elif start == 0:
+                        dw.copy_(dz.t() @ x_part)
+                    else:
+                        dw += dz.t() @ x_part
+        count = counted.sum()
+        ctx.save_for_backward(dx, dw, count)
+        ctx.dtypes = x.dtype, weight.dtype
+        return total / count
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dw, count = ctx.saved_tensors
+        factor = grad / count
+        return (dx * factor).to(ctx.dtypes[0]), (dw * factor).to(ctx.dtypes[1]), None, None, None
