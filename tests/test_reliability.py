@@ -378,12 +378,12 @@ def poison(monkeypatch, steps, where):
     count = [0]
     original = train.GPT.forward
 
-    def forward(self, idx, targets=None, return_trace=False):
+    def forward(self, idx, targets=None, **asked):
         if not self.training:
-            return original(self, idx, targets, return_trace=return_trace)
+            return original(self, idx, targets, **asked)
         count[0] += 1
         step = (count[0] + 1) // 2  # of two micro-batches
-        logits, loss, trace = original(self, idx, targets, return_trace=True)
+        logits, loss, trace = original(self, idx, targets, **asked)
         if step in steps and where == "loss":
             trace.cross_entropy = trace.cross_entropy * torch.nan
             loss = loss * torch.nan
@@ -622,15 +622,20 @@ def test_a_signal_whose_message_nobody_can_read_saves_all_the_same(gone, keys, t
         read, write = os.pipe()
     else:
         read, write = os.openpty()
+    number = signal.SIGINT if gone == "pipe" else signal.SIGHUP
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdin=write, stdout=write, stderr=write, start_new_session=True
-    )
-    os.close(write)
-    threading.Thread(target=lambda: child.wait_for(lambda: not drain(read)), daemon=True).start()
-    child.wait_for(lambda: (out / "metrics.jsonl").exists() and len(lines(out / "metrics.jsonl")) > 3, 60)
-    os.close(read)
-    process.send_signal(signal.SIGINT if gone == "pipe" else signal.SIGHUP)
-    assert process.wait(20) == 128 + (signal.SIGINT if gone == "pipe" else signal.SIGHUP)
+        command, cwd=ROOT, env=environment, stdin=write, stdout=write, stderr=write, start_new_session=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # for tests run under nohup
+    )  # fmt: skip
+    try:
+        os.close(write)
+        threading.Thread(target=lambda: child.wait_for(lambda: not drain(read)), daemon=True).start()
+        child.wait_for(lambda: (out / "metrics.jsonl").exists() and len(lines(out / "metrics.jsonl")) > 3, 60)
+        os.close(read)
+        process.send_signal(number)
+        assert process.wait(20) == 128 + number
+    finally:
+        process.kill()
     assert checkpoint(out)["iter_num"] == metrics(out)[-1]["step"]
 
 

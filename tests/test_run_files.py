@@ -77,7 +77,8 @@ def no_constant(name):
 
 
 def lines(path):
-    return [json.loads(line, parse_constant=no_constant) for line in path.read_text().splitlines()]
+    """The file's whole lines: a run may be writing another one."""
+    return [json.loads(line, parse_constant=no_constant) for line in path.read_text().split("\n")[:-1]]
 
 
 def metrics(out, timeless=False):

@@ -1,0 +1,111 @@
+"""The MoE layer, forward and backward, router and statistics included, against a dense MLP and one-hot dispatch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from benchmark import one_hot
+from benchmark.timing import Effort, Report, autocast, in_turns
+from chronomoe import ChronoConfig, RouterBias, collect_trace
+from model import MLP, GPTConfig, MOELayer
+
+ALL_ON = ChronoConfig(router=True, coherence=True, beta=True, bridge=True, lifecycle=True)
+MOST_BYTES = 4 << 30  # one-hot dispatch is left out where a single tensor of it is larger
+
+
+def measure(report: Report, device: torch.device, effort: Effort, quick: bool) -> None:
+    """Vary one of tokens, width, experts, top_k at a time, around N=4096, E=8, K=2 at D=128 and D=384."""
+    if quick:
+        shapes = [(1024, 128, 8, 2), (1024, 128, 64, 2)]
+    elif device.type == "cuda":
+        shapes = [(N, 768, 8, 2) for N in (1024, 4096, 16384)] + [(16384, 768, E, 2) for E in (16, 64)]
+        shapes += [(16384, 768, 8, K) for K in (1, 4)] + [(16384, D, 8, 2) for D in (128, 384)]
+    else:
+        shapes = [(N, 128, 8, 2) for N in (1024, 2048, 4096, 8192, 16384)]
+        shapes += [(4096, 128, E, 2) for E in (16, 64)] + [(4096, 128, 8, K) for K in (1, 4)]
+        shapes += [(4096, 256, 8, 2), (4096, 384, 8, 2), (4096, 384, 64, 2), (16384, 384, 8, 2), (4096, 768, 8, 2)]
+    for shape in shapes:
+        N, D, E, K = shape
+        work, skew = competitors(*shape, device)
+        title = (
+            f"MoE layer, forward and backward: N={N}, D={D}, E={E}, K={K}; skewed: an expert has {skew:.1f} x the mean"
+        )
+        report.compare("layer", title, in_turns(work, device, effort), N=N, D=D, E=E, K=K, skew=skew)
+
+
+def competitors(N: int, D: int, E: int, K: int, device: torch.device) -> tuple[dict[str, Callable[[], None]], float]:
+    """What is timed, by name, the dense MLP first; and the largest expert's share of the skewed load, over the mean.
+
+    The dense MLP does the same multiplications: it takes K times the tokens.
+    """
+    config = GPTConfig(n_embd=D, n_head=1, n_exp=E, top_k=K, bias=False, chrono=ALL_ON)
+    generator = torch.Generator().manual_seed(0)
+    dense, moe = MLP(config), MOELayer(config)
+    with torch.no_grad():
+        for p in (*dense.parameters(), *moe.parameters()):
+            p.normal_(std=0.02, generator=generator)
+    dense, moe = dense.to(device), moe.to(device)
+
+    def tokens(n: int) -> tuple[Tensor, Tensor]:
+        x, grad = (torch.randn(1, n, D, generator=generator).to(device) for _ in range(2))
+        return x.requires_grad_(), grad
+
+    (x, grad), (many, grad_of_many) = tokens(N), tokens(K * N)
+    one = torch.ones((), device=device)
+    even = RouterBias(torch.zeros(E, device=device), one)
+    uneven = RouterBias(-torch.linspace(0, 3, E, device=device), one)
+    with torch.no_grad():
+        load = moe.router(x[0], uneven).chosen
+    zeros = (torch.zeros((), device=device),) * 3
+
+    def through(module: nn.Module, source: Tensor, grad: Tensor, forward: Callable[[], Tensor]) -> Callable[[], None]:
+        def work() -> None:
+            for p in (source, *module.parameters()):
+                p.grad = None
+            with autocast(device):
+                y = forward()
+            y.backward(grad.to(y.dtype))
+
+        return work
+
+    def chrono(bias: RouterBias) -> Tensor:
+        y, (routing, _, outputs) = moe(x, bias, True)
+        collect_trace([routing], ALL_ON, N, *zeros, outputs=[outputs])
+        return y
+
+    work = {
+        "dense MLP": through(dense, many, grad_of_many, lambda: dense(many)),
+        "MoE layer, balanced": through(moe, x, grad, lambda: chrono(even)),
+        "MoE layer, skewed": through(moe, x, grad, lambda: chrono(uneven)),
+    }
+    if one_hot.bytes_of_largest(N, E, K) <= MOST_BYTES:
+        work["one-hot dispatch"] = through(moe, x, grad, lambda: one_hot.forward(moe, x, even, False)[0])
+    for how in ("eager", "grouped_mm"):
+        if (block := mixtral(D, E, K, how, generator)) is not None:
+            work[f"transformers, {how}"] = through(block.to(device), x, grad, lambda block=block: block(x))
+    return work, (load.max() / load.mean()).item()
+
+
+def mixtral(D: int, E: int, K: int, how: str, generator: torch.Generator) -> nn.Module | None:
+    """Mixtral's layer as Hugging Face transformers has it, of (nearly) the same multiplications, if it is installed.
+
+    Its gated experts take three products, and so are 8 / 3 D wide, rounded to a multiple of 8, in the place of 4 D. It
+    has no capacity, gathers no statistics, and routes by its own softmax.
+    """
+    try:
+        from transformers import MixtralConfig
+        from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+    except ImportError:
+        return None
+    width = round(D / 3) * 8
+    config = MixtralConfig(
+        hidden_size=D, intermediate_size=width, num_local_experts=E, num_experts_per_tok=K, experts_implementation=how
+    )
+    block = MixtralSparseMoeBlock(config)
+    with torch.no_grad():
+        for p in block.parameters():
+            p.normal_(std=0.02, generator=generator)
+    return block

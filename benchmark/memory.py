@@ -1,0 +1,75 @@
+"""Peak memory, each case in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmark import one_hot
+from benchmark.layer import competitors
+from benchmark.step import FIVE, TrainingStep
+from benchmark.timing import Effort, Report
+
+ROOT = Path(__file__).parent.parent
+LAYER = {"dense MLP": "dense MLP", "MoE layer": "MoE layer, balanced", "one-hot dispatch": "one-hot dispatch"}
+STEP = ("all steps off", "all steps on", "one-hot dispatch")
+
+
+def measure(report: Report, device: torch.device, effort: Effort, quick: bool) -> None:
+    """What forward and backward take over what is there before, at N=12288 tokens of the slice's width."""
+    tokens = 1024 if quick else 12288
+    for kind, names in {"layer": tuple(LAYER), "step": STEP}.items():
+        lines = []
+        for name in names:
+            command = [sys.executable, "-m", "benchmark.memory", kind, name, str(tokens), str(device)]
+            answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+            lines.append((name, json.loads(answer) / 2**20, "MB"))
+        first = lines[-1][1]
+        lines += [(f"{name} / one-hot", value / first, "") for name, value, _ in lines[:-1]]
+        what = "MoE layer" if kind == "layer" else "training step of the slice"
+        report.tell("memory", f"peak memory of the {what}, N={tokens}, D=128, E=8, K=2", lines, N=tokens)
+
+
+def peak(kind: str, name: str, tokens: int, device: torch.device) -> int:
+    """Bytes that one forward and backward, or one step, takes at most over what was there before it."""
+    if kind == "layer":
+        work = competitors(tokens, 128, 8, 2, device)[0][LAYER[name]]
+    else:
+        prepare = one_hot.put_into if name == "one-hot dispatch" else None
+        work = TrainingStep(device, FIVE if name == "all steps on" else (), tokens // 128, prepare)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    forget_the_peak()
+    before = resident()
+    work()
+    return resident() - before
+
+
+def forget_the_peak() -> None:
+    """Let the kernel's high-water mark start from what the process holds now, where that can be said."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def resident() -> int:
+    """The most memory, in bytes, that this process has held."""
+    status = Path("/proc/self/status")
+    if status.exists():  # not ru_maxrss, which a process takes over from the one that started it
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+if __name__ == "__main__":
+    kind, name, tokens, device = sys.argv[1:]
+    print(json.dumps(peak(kind, name, int(tokens), torch.device(device))))

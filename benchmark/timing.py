@@ -1,0 +1,160 @@
+"""Competitors timed in turn within one process, and what so many turns allow to say.
+
+A machine's speed drifts by more than what is measured here, but it drifts for all competitors alike: each turn runs all
+of them, in alternating order, and ratios are taken within a turn.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+TO_TELL = 0.05  # a ratio whose 95% interval reaches further than this to either side is called noisy
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long a comparison is pursued: at least `least` turns, then until `seconds` are over or `most` are done."""
+
+    seconds: float
+    least: int
+    most: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One competitor. Times are in ms, ratios to the table's first row and taken within a turn."""
+
+    name: str
+    median_ms: float
+    ratio: float
+    low: float  # middle half of the turns' ratios
+    high: float
+    interval: tuple[float, float] | None  # 95%, of the median ratio; None if the turns are too few for one
+    turns: int
+
+    @property
+    def noisy(self) -> bool:
+        if self.interval is None:
+            return True
+        return max(self.ratio - self.interval[0], self.interval[1] - self.ratio) > TO_TELL * self.ratio
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, when the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def autocast(device: torch.device):
+    """bfloat16 on CUDA, where the experts then run through grouped_mm; nothing on a CPU."""
+    return torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
+def in_turns(competitors: dict[str, Callable[[], object]], device: torch.device, effort: Effort) -> list[Row]:
+    """Time the competitors in turn, after two turns to warm up."""
+    names = list(competitors)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    began = time.perf_counter()
+    turn = -2
+    while turn < effort.least or (turn < effort.most and time.perf_counter() - began < effort.seconds):
+        if turn == 0:
+            began = time.perf_counter()
+        for name in names if turn % 2 == 0 else reversed(names):
+            start = clock(device)
+            competitors[name]()
+            if turn >= 0:
+                times[name].append((clock(device) - start) * 1000)
+        turn += 1
+    return rows(times)
+
+
+def rows(times: dict[str, list[float]]) -> list[Row]:
+    """Compare times in ms, of as many turns each, with the first competitor's."""
+    first = next(iter(times.values()))
+    found = []
+    for name, ms in times.items():
+        ratios = sorted(a / b for a, b in zip(ms, first))
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+        interval = median_interval(ratios)
+        found.append(Row(name, statistics.median(ms), middle, low, high, interval, len(ratios)))
+    return found
+
+
+def median_interval(values: list[float]) -> tuple[float, float] | None:
+    """95% confidence interval of the median, by order statistics; None where the values are fewer than 6."""
+    n = len(values)
+    chance, rank = 0.0, 0
+    while (chance := chance + math.comb(n, rank) / 2**n) <= 0.025:
+        rank += 1
+    return (sorted(values)[rank - 1], sorted(values)[n - rank]) if rank else None
+
+
+@contextmanager
+def stopwatch(device: torch.device, places: list[tuple[object, str]]) -> Iterator[dict[str, float]]:
+    """Seconds spent in functions, by (owner, attribute), while the context is open; waits for a GPU each time."""
+    spent = {name: 0.0 for _, name in places}
+    originals = [(owner, name, getattr(owner, name)) for owner, name in places]
+
+    def timed(name: str, work: Callable):
+        def call(*args, **kwargs):
+            start = clock(device)
+            try:
+                return work(*args, **kwargs)
+            finally:
+                spent[name] += clock(device) - start
+
+        return call
+
+    for owner, name, work in originals:
+        setattr(owner, name, timed(name, work))
+    try:
+        yield spent
+    finally:
+        for owner, name, work in originals:
+            setattr(owner, name, work)
+
+
+class Report:
+    """Tables for a person, as they are ready, and all of them for a program."""
+
+    def __init__(self, quiet: bool = False):
+        self.quiet = quiet
+        self.tables: list[dict] = []
+
+    def say(self, line: str) -> None:
+        print(line, file=sys.stderr if self.quiet else sys.stdout, flush=True)
+
+    def compare(self, part: str, title: str, found: list[Row], **facts) -> None:
+        """A table of competitors."""
+        width = max(28, *(len(row.name) for row in found))
+        self.say(f"\n{title}\n  {'':{width}} {'median':>12}   ratio (middle half)")
+        for row in found:
+            note = "" if not row.noisy else "   too few turns" if row.interval is None else "   too noisy to tell 5%"
+            spread = f"{row.ratio:6.3f} ({row.low:.3f} to {row.high:.3f})"
+            self.say(f"  {row.name:{width}} {row.median_ms:9.2f} ms   {spread}{note if row is not found[0] else ''}")
+        self.say(f"  {found[0].turns} turns")
+        self.tables.append(
+            {"part": part, "title": title, "rows": [vars(row) | {"noisy": row.noisy} for row in found]} | facts
+        )
+
+    def tell(self, part: str, title: str, lines: list[tuple[str, float, str]], **facts) -> None:
+        """Single numbers: (name, value, unit)."""
+        width = max(28, *(len(name) for name, _, _ in lines))
+        self.say(f"\n{title}")
+        for name, value, unit in lines:
+            self.say(
+                f"  {name:{width}} {value:14,.4g} {unit}"
+                if abs(value) < 1e5
+                else f"  {name:{width}} {value:14,.0f} {unit}"
+            )
+        numbers = [{"name": name, "value": value, "unit": unit} for name, value, unit in lines]
+        self.tables.append({"part": part, "title": title, "numbers": numbers} | facts)
