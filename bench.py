@@ -13,6 +13,7 @@ parts: layer    the MoE layer against a dense MLP of the same multiplications an
        loop     cost against the number of layers and of experts
        data     batches a second
        rates    matmul rate, and the share of it that dense and MoE models reach; on CUDA kernels and waits
+       scaling  counts of operations, bytes and operators beside the formulas of docs/scaling.md
        saving   how long a checkpoint holds training up
        profile  where a step's time goes, and its floor (CPU)
 
@@ -32,7 +33,7 @@ import time
 
 import torch
 
-from benchmark import layer, loop, memory, profile, rates, step
+from benchmark import layer, loop, memory, profile, rates, scaling, step
 from benchmark.timing import Effort, Report
 from train import pick_device
 from trainer.errors import UserError, run
@@ -46,6 +47,7 @@ PARTS = {
     "loop": loop.measure,
     "data": loop.measure_data,
     "rates": rates.measure,
+    "scaling": scaling.measure,
     "saving": step.measure_saving,
 }
 

@@ -129,26 +129,18 @@ class MLPExperts(nn.Module):
     def _grouped(self, rows: Tensor) -> bool:
         if self.use_grouped_mm is not None:
             return self.use_grouped_mm
-        device = rows.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
         # grouped_mm wants rows of a multiple of 16 bytes
-        return device == "cuda" and dtype == torch.bfloat16 and rows.shape[-1] % 8 == 0
+        return rows.device.type == "cuda" and _dtype_of_products(rows) == torch.bfloat16 and rows.shape[-1] % 8 == 0
 
     def _forward_loop(self, rows, plan, weights):
         sizes = run_lengths(plan).tolist()
-        # unbind, not w[e]: the backward of w[e] fills a zero tensor the size of all experts for each expert
-        fc_biases = self.fc_bias.unbind(0) if self.fc_bias is not None else None
-        proj_biases = self.proj_bias.unbind(0) if self.proj_bias is not None else None
-        outputs, sums = [], []
-        slices = None if weights is None else weights.split(sizes, dim=-1)
-        for e, (x, fc, proj) in enumerate(zip(rows.split(sizes), self.c_fc.unbind(0), self.c_proj.unbind(0))):
-            h = x @ fc if fc_biases is None else x @ fc + fc_biases[e]
-            h = F.gelu(h)
-            y = h @ proj if proj_biases is None else h @ proj + proj_biases[e]
-            outputs.append(self.dropout(y))
-            if slices is not None:
-                sums.append(_weighted_sum(slices[e], outputs[-1]))
-        return torch.cat(outputs), torch.stack(sums, dim=1) if sums else None
+        tensors = [rows, self.c_fc, self.c_proj, self.fc_bias, self.proj_bias]
+        tensors = [None if x is None else x.to(_dtype_of_products(rows)) for x in tensors]
+        y = self.dropout(_ExpertLoop.apply(*tensors, sizes, torch.is_grad_enabled()))
+        if weights is None:
+            return y, None
+        sums = [_weighted_sum(*each) for each in zip(weights.split(sizes, dim=-1), y.split(sizes))]
+        return y, torch.stack(sums, dim=1)
 
     def _forward_grouped(self, rows, plan, weights):
         # grouped_mm does not take part in autocast: anything but bfloat16 falls back to a path that syncs
@@ -159,6 +151,54 @@ class MLPExperts(nn.Module):
         y = _grouped_linear(F.gelu(h), self.c_proj, self.proj_bias, plan, one_hot)
         y = self.dropout(y)
         return y, None if weights is None else _sums_by_selector(weights, y, one_hot)
+
+
+class _ExpertLoop(torch.autograd.Function):
+    """gelu(x W_fc + b_fc) W_proj + b_proj for each expert's rows, one expert after the other.
+
+    Written out so that each expert's gradient goes to its place in that of all: autograd would gather them in a second
+    tensor of the size of all experts. An expert's hidden rows are still in the cache when they are used.
+    """
+
+    @staticmethod
+    def forward(ctx, rows, c_fc, c_proj, fc_bias, proj_bias, sizes, keep):
+        out, hidden, active = [], [], []
+        for e, x in enumerate(rows.split(sizes)):
+            h = _linear(x, c_fc[e], fc_bias, e)
+            a = F.gelu(h)
+            out.append(_linear(a, c_proj[e], proj_bias, e))
+            if keep:  # for backward
+                hidden.append(h)
+                active.append(a)
+        ctx.save_for_backward(rows, c_fc, c_proj, *hidden, *active)
+        ctx.sizes, ctx.biased = sizes, fc_bias is not None
+        return torch.cat(out)
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, c_fc, c_proj, *saved = ctx.saved_tensors
+        hidden, active = saved[: len(c_fc)], saved[len(c_fc) :]
+        grad_rows, grad_fc, grad_proj = [], torch.empty_like(c_fc), torch.empty_like(c_proj)
+        grad_biases = [grad.new_empty(len(c_fc), 1, c.shape[-1]) if ctx.biased else None for c in (c_fc, c_proj)]
+        for e, (x, g) in enumerate(zip(rows.split(ctx.sizes), grad.split(ctx.sizes))):
+            torch.mm(active[e].t(), g, out=grad_proj[e])
+            grad_h = torch.ops.aten.gelu_backward(g @ c_proj[e].t(), hidden[e])
+            torch.mm(x.t(), grad_h, out=grad_fc[e])
+            grad_rows.append(grad_h @ c_fc[e].t())
+            if ctx.biased:
+                torch.sum(grad_h, 0, keepdim=True, out=grad_biases[0][e])
+                torch.sum(g, 0, keepdim=True, out=grad_biases[1][e])
+        return torch.cat(grad_rows), grad_fc, grad_proj, *grad_biases, None, None
+
+
+def _linear(x: Tensor, weight: Tensor, biases: Tensor | None, e: int) -> Tensor:
+    return x @ weight if biases is None else torch.addmm(biases[e], x, weight)
+
+
+def _dtype_of_products(x: Tensor) -> torch.dtype:
+    """What a product with x is computed in: autocast's precision where that is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Dispatch, one_hot: Tensor | None) -> Tensor:

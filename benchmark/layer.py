@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +18,14 @@ from chronomoe import ChronoConfig, RouterBias, collect_trace
 from model import MLP, GPTConfig, MOELayer
 
 ALL_ON = ChronoConfig(router=True, coherence=True, beta=True, bridge=True, lifecycle=True)
+PAIRS = [
+    ("MoE layer, skewed", "MoE layer, balanced"),
+    ("one-hot dispatch", "MoE layer, balanced"),
+    ("MoE layer, balanced", "transformers, eager"),
+    ("MoE layer, balanced", "transformers, grouped_mm"),
+]
+ROOT = Path(__file__).parent.parent
+PROCESSES = 3
 MOST_BYTES = 4 << 30  # one-hot dispatch is left out where a single tensor of it is larger
 
 
@@ -29,11 +42,27 @@ def measure(report: Report, device: torch.device, effort: Effort, quick: bool) -
         shapes += [(4096, 256, 8, 2), (4096, 384, 8, 2), (4096, 384, 64, 2), (16384, 384, 8, 2), (4096, 768, 8, 2)]
     for shape in shapes:
         N, D, E, K = shape
-        work, skew = competitors(*shape, device)
+        if quick:
+            answers = [timed(shape, device, effort)]
+        else:
+            a_third = Effort(effort.seconds / PROCESSES, 4, effort.most)
+            answers = [in_a_process(shape, device, a_third) for _ in range(PROCESSES)]
+        skew = answers[0]["skew"]
         title = (
             f"MoE layer, forward and backward: N={N}, D={D}, E={E}, K={K}; skewed: an expert has {skew:.1f} x the mean"
         )
-        report.compare("layer", title, in_turns(work, device, effort), N=N, D=D, E=E, K=K, skew=skew)
+        report.compare("layer", title, [answer["times"] for answer in answers], PAIRS, N=N, D=D, E=E, K=K, skew=skew)
+
+
+def timed(shape: tuple[int, int, int, int], device: torch.device, effort: Effort) -> dict:
+    work, skew = competitors(*shape, device)
+    return {"times": in_turns(work, device, effort), "skew": skew}
+
+
+def in_a_process(shape: tuple[int, int, int, int], device: torch.device, effort: Effort) -> dict:
+    asked = json.dumps([shape, str(device), asdict(effort)])
+    command = [sys.executable, "-m", "benchmark.layer", asked]
+    return json.loads(subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
 def competitors(N: int, D: int, E: int, K: int, device: torch.device) -> tuple[dict[str, Callable[[], None]], float]:
@@ -71,15 +100,16 @@ def competitors(N: int, D: int, E: int, K: int, device: torch.device) -> tuple[d
 
         return work
 
-    def chrono(bias: RouterBias) -> Tensor:
+    def chrono(bias: RouterBias, logged: bool = False) -> Tensor:
         y, (routing, _, outputs) = moe(x, bias, True)
-        collect_trace([routing], ALL_ON, N, *zeros, outputs=[outputs])
+        collect_trace([routing], ALL_ON, N, *zeros, outputs=[outputs], logged=logged)
         return y
 
     work = {
         "dense MLP": through(dense, many, grad_of_many, lambda: dense(many)),
         "MoE layer, balanced": through(moe, x, grad, lambda: chrono(even)),
         "MoE layer, skewed": through(moe, x, grad, lambda: chrono(uneven)),
+        "MoE layer, balanced, logged": through(moe, x, grad, lambda: chrono(even, logged=True)),
     }
     if one_hot.bytes_of_largest(N, E, K) <= MOST_BYTES:
         work["one-hot dispatch"] = through(moe, x, grad, lambda: one_hot.forward(moe, x, even, False)[0])
@@ -109,3 +139,8 @@ def mixtral(D: int, E: int, K: int, how: str, generator: torch.Generator) -> nn.
         for p in block.parameters():
             p.normal_(std=0.02, generator=generator)
     return block
+
+
+if __name__ == "__main__":
+    shape, device, effort = json.loads(sys.argv[1])
+    print(json.dumps(timed(tuple(shape), torch.device(device), Effort(**effort))))

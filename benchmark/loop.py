@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmark.layer import competitors
+from benchmark.scaling import Traffic
 from benchmark.step import STATISTICS, TrainingStep, recorded_calls
 from benchmark.timing import Effort, Report, in_turns
 from trainer.data import TokenData
-
-VIEWS = ("view", "detach", "unsqueeze", "select", "slice", "transpose", "t.", "expand", "unbind", "permute", "split")
-
-
-class Kernels(TorchDispatchMode):
-    """Counts the operators that compute; on a GPU each is one kernel or a few."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += not str(func).removeprefix("aten.").startswith(VIEWS)
-        return func(*args, **(kwargs or {}))
 
 
 def measure(report: Report, device: torch.device, effort: Effort, quick: bool) -> None:
@@ -39,12 +26,12 @@ def measure(report: Report, device: torch.device, effort: Effort, quick: bool) -
         calls = [call for call in recorded_calls(step, STATISTICS) if call[0].__name__ == "collect_trace"]
         work, args, kwargs = calls[0]
         trace = step.loop.last
-        with Kernels() as of_loop:
+        with Traffic() as of_loop:
             step.loop.step(trace)
-        with Kernels() as of_statistics:
+        with Traffic() as of_statistics:
             work(*args, **kwargs)
-        kernels += [(f"loop, L={layers}", of_loop.count, "operators")]
-        kernels += [(f"statistics, L={layers}", of_statistics.count, "operators")]
+        kernels += [(f"loop, L={layers}", of_loop.operators, "operators")]
+        kernels += [(f"statistics, L={layers}", of_statistics.operators, "operators")]
         loops[f"the loop, L={layers}"] = lambda step=step, trace=trace: step.loop.step(trace)
         forwards[f"statistics, L={layers}"] = lambda call=calls[0]: call[0](*call[1], **call[2])
     report.tell("layers", "operators that compute, by MoE layers", kernels)
@@ -79,7 +66,7 @@ def compiled(report: Report, device: torch.device) -> None:
             return
         lines.append((f"the loop compiled, L={layers}", metrics.generated_kernel_count, "kernels"))
         found = in_turns({"loop": lambda: step.loop.step(trace, found_inf)}, device, Effort(1, 7, 1000))  # noqa: B023
-        lines.append((f"the loop compiled, L={layers}", found[0].median_ms, "ms"))
+        lines.append((f"the loop compiled, L={layers}", statistics.median(found["loop"]), "ms"))
     report.tell("layers", "the loop under torch.compile, by MoE layers", lines)
 
 
@@ -96,5 +83,5 @@ def measure_data(report: Report, device: torch.device, effort: Effort, quick: bo
             places = iter(range(1 << 30))
             work = {"batch": lambda: data.batch("train", 0, next(places), 0, rows)}  # noqa: B023
             found = in_turns(work, torch.device("cpu"), Effort(min(effort.seconds, 2), effort.least, 5000))
-            lines.append((f"{rows} x {length} tokens", 1000 / found[0].median_ms, "batches a second"))
+            lines.append((f"{rows} x {length} tokens", 1000 / statistics.median(found["batch"]), "batches a second"))
     report.tell("data", "batches from a memory-mapped file of random tokens", lines)

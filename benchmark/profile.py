@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from benchmark.rates import matmul_rates
-from benchmark.timing import Effort, Report, rows
+from benchmark.timing import Effort, Report
 from trainer.errors import UserError
 
 HERE = Path(__file__).parent
@@ -33,7 +33,7 @@ def measure(report: Report, device: torch.device, effort: Effort, against: str |
                 answers[name].append(json.loads(done.stdout))
         if against:
             times = {name: [answer["ms"] for answer in of_tree] for name, of_tree in answers.items()}
-            report.compare("profile", f"training step at {shape}'s shape, processes in turn", rows(times))
+            report.compare("profile", f"training step at {shape}'s shape, processes in turn", times)
         for name, of_tree in answers.items():
             last = of_tree[-1]
             floor = last["flops"] / rate * 1000

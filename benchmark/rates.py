@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import warnings
 from collections.abc import Callable
 
@@ -25,7 +26,7 @@ def matmul_rates(device: torch.device, effort: Effort) -> dict[str, float]:
     if device.type == "cpu" and torch.backends.mkldnn.is_available():
         work["oneDNN's linear"] = lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
     found = in_turns(work, device, Effort(min(effort.seconds, 3), effort.least, 100))
-    return {row.name: 2 * size**3 / (row.median_ms / 1000) for row in found}
+    return {name: 2 * size**3 / (statistics.median(ms) / 1000) for name, ms in found.items()}
 
 
 def make_dense(model: GPT) -> None:
@@ -53,7 +54,10 @@ def measure(report: Report, device: torch.device, effort: Effort, quick: bool) -
         found = in_turns(work, device, effort)
         flops = flops_per_token(moe.model) * moe.batch[0].numel()
         report.compare("rates", f"training step at {name}'s shape, dense against MoE", found, flops=flops)
-        lines = [(f"{row.name}: share of the matmul rate", flops / (row.median_ms / 1000) / rate, "") for row in found]
+        lines = [
+            (f"{name}: share of the matmul rate", flops / (statistics.median(ms) / 1000) / rate, "")
+            for name, ms in found.items()
+        ]
         lines += [("the multiplications alone", flops / rate * 1000, "ms")]
         report.tell("rates", f"model FLOPs utilization at {name}'s shape", lines)
     if device.type == "cuda":

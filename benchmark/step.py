@@ -11,7 +11,7 @@ import torch
 
 import model as model_module
 from benchmark import one_hot
-from benchmark.timing import Effort, Report, autocast, clock, in_turns, rows, stopwatch
+from benchmark.timing import Effort, Report, autocast, clock, in_turns, stopwatch
 from chronomoe import ChronoConfig, ChronoLoop
 from model import GPT, GPTConfig
 from trainer.checkpoint import Keeper, copied
@@ -120,7 +120,7 @@ def by_themselves(report: Report, device: torch.device, effort: Effort) -> None:
     alone = {}
     for name, work in {"statistics in forward": repeated_statistics, "the loop": lambda: step.loop.step(trace)}.items():
         found = in_turns({name: work}, device, Effort(min(effort.seconds, 2), effort.least, 1000))
-        alone[name] = found[0].median_ms
+        alone[name] = statistics.median(found[name])
     whole = statistics.median(steps[2:]) * 1000
     lines += [(f"{name}, repeated by itself", ms, "ms") for name, ms in alone.items()]
     lines += [("together, repeated by themselves", 100 * sum(alone.values()) / whole, "% of the step")]
@@ -174,7 +174,7 @@ def measure_saving(report: Report, device: torch.device, effort: Effort, quick: 
                 each()
                 if turn >= 0:
                     times[name].append((clock(device) - start) * 1000)
-    report.compare("saving", "a checkpoint of config/vertical_slice.py: how long it holds training up", rows(times))
+    report.compare("saving", "a checkpoint of config/vertical_slice.py: how long it holds training up", times)
 
 
 def across_ranks(report: Report, ranks: Ranks, device: torch.device, turns: int) -> None:
@@ -206,4 +206,4 @@ def across_ranks(report: Report, ranks: Ranks, device: torch.device, turns: int)
     if ranks.first:
         size = sum(x.numel() * x.element_size() for x in total.present().values())
         title = f"step of config/vertical_slice.py on {ranks.count} ranks; the trace is {size:,} bytes"
-        report.compare("ranks", title, rows(times), bytes=size, ranks=ranks.count)
+        report.compare("ranks", title, times, bytes=size, ranks=ranks.count)

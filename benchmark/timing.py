@@ -1,7 +1,8 @@
 """Competitors timed in turn within one process, and what so many turns allow to say.
 
 A machine's speed drifts by more than what is measured here, but it drifts for all competitors alike: each turn runs all
-of them, in alternating order, and ratios are taken within a turn.
+of them, in alternating order, and ratios are taken within a turn. What does not drift is where a process finds its
+memory, and that can make its products of matrices a third slower for good: so layers are compared in several.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 
+Times = dict[str, list[float]]  # ms of each turn, by competitor
 TO_TELL = 0.05  # a ratio whose 95% interval reaches further than this to either side is called noisy
 
 
@@ -39,9 +41,13 @@ class Row:
     high: float
     interval: tuple[float, float] | None  # 95%, of the median ratio; None if the turns are too few for one
     turns: int
+    by_process: tuple[float, ...]  # the ratio in each process that took part
 
     @property
     def noisy(self) -> bool:
+        """Whether the ratio is not known to 5%: by its interval, or because another process has another one."""
+        if any(abs(ratio - self.ratio) > TO_TELL * self.ratio for ratio in self.by_process):
+            return True
         if self.interval is None:
             return True
         return max(self.ratio - self.interval[0], self.interval[1] - self.ratio) > TO_TELL * self.ratio
@@ -59,10 +65,10 @@ def autocast(device: torch.device):
     return torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
-def in_turns(competitors: dict[str, Callable[[], object]], device: torch.device, effort: Effort) -> list[Row]:
+def in_turns(competitors: dict[str, Callable[[], object]], device: torch.device, effort: Effort) -> Times:
     """Time the competitors in turn, after two turns to warm up."""
     names = list(competitors)
-    times: dict[str, list[float]] = {name: [] for name in names}
+    times: Times = {name: [] for name in names}
     began = time.perf_counter()
     turn = -2
     while turn < effort.least or (turn < effort.most and time.perf_counter() - began < effort.seconds):
@@ -74,18 +80,29 @@ def in_turns(competitors: dict[str, Callable[[], object]], device: torch.device,
             if turn >= 0:
                 times[name].append((clock(device) - start) * 1000)
         turn += 1
-    return rows(times)
+    return times
 
 
-def rows(times: dict[str, list[float]]) -> list[Row]:
-    """Compare times in ms, of as many turns each, with the first competitor's."""
-    first = next(iter(times.values()))
+def rows(processes: list[Times], names: Sequence[str] | None = None) -> list[Row]:
+    """Compare all competitors, or those named, with the first; their turns in all processes together."""
+    names = names or list(processes[0])
     found = []
-    for name, ms in times.items():
-        ratios = sorted(a / b for a, b in zip(ms, first))
+    for name in names:
+        by_process = [sorted(a / b for a, b in zip(times[name], times[names[0]])) for times in processes]
+        ratios = sorted(ratio for of_process in by_process for ratio in of_process)
         low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
-        interval = median_interval(ratios)
-        found.append(Row(name, statistics.median(ms), middle, low, high, interval, len(ratios)))
+        found.append(
+            Row(
+                name,
+                statistics.median(ms for times in processes for ms in times[name]),
+                middle,
+                low,
+                high,
+                median_interval(ratios),
+                len(ratios),
+                tuple(map(statistics.median, by_process)),
+            )
+        )
     return found
 
 
@@ -123,6 +140,18 @@ def stopwatch(device: torch.device, places: list[tuple[object, str]]) -> Iterato
             setattr(owner, name, work)
 
 
+def told(row: Row) -> str:
+    """Its ratio for a person."""
+    note = "" if not row.noisy else "   too few turns" if row.interval is None else "   too noisy to tell 5%"
+    if len(row.by_process) > 1:
+        note = f"   by process {', '.join(f'{ratio:.2f}' for ratio in row.by_process)}{note}"
+    return f"{row.ratio:6.3f} ({row.low:.3f} to {row.high:.3f}){note}"
+
+
+def as_facts(row: Row) -> dict:
+    return vars(row) | {"noisy": row.noisy}
+
+
 class Report:
     """Tables for a person, as they are ready, and all of them for a program."""
 
@@ -133,28 +162,36 @@ class Report:
     def say(self, line: str) -> None:
         print(line, file=sys.stderr if self.quiet else sys.stdout, flush=True)
 
-    def compare(self, part: str, title: str, found: list[Row], **facts) -> None:
-        """A table of competitors."""
-        width = max(28, *(len(row.name) for row in found))
+    def compare(
+        self, part: str, title: str, times: Times | list[Times], pairs: Sequence[tuple[str, str]] = (), **facts
+    ) -> None:
+        """A table of competitors, each against the first; and of `pairs` of them, where both took part.
+
+        times: of one process, or of several.
+        """
+        processes = times if isinstance(times, list) else [times]
+        found = rows(processes)
+        names = [row.name for row in found]
+        others = {f"{a} / {b}": rows(processes, (b, a))[1] for a, b in pairs if a in names and b in names}
+        width = max(28, *map(len, (*names, *others)))
         self.say(f"\n{title}\n  {'':{width}} {'median':>12}   ratio (middle half)")
         for row in found:
-            note = "" if not row.noisy else "   too few turns" if row.interval is None else "   too noisy to tell 5%"
-            spread = f"{row.ratio:6.3f} ({row.low:.3f} to {row.high:.3f})"
-            self.say(f"  {row.name:{width}} {row.median_ms:9.2f} ms   {spread}{note if row is not found[0] else ''}")
-        self.say(f"  {found[0].turns} turns")
-        self.tables.append(
-            {"part": part, "title": title, "rows": [vars(row) | {"noisy": row.noisy} for row in found]} | facts
-        )
+            self.say(f"  {row.name:{width}} {row.median_ms:9.2f} ms   {told(row) if row is not found[0] else '    1'}")
+        for name, row in others.items():
+            self.say(f"  {name:{width}} {'':12}   {told(row)}")
+        self.say(f"  {found[0].turns} turns" + (f" in {len(processes)} processes" if len(processes) > 1 else ""))
+        table = {
+            "rows": [as_facts(row) for row in found],
+            "pairs": {name: as_facts(row) for name, row in others.items()},
+        }
+        self.tables.append({"part": part, "title": title} | table | facts)
 
     def tell(self, part: str, title: str, lines: list[tuple[str, float, str]], **facts) -> None:
         """Single numbers: (name, value, unit)."""
         width = max(28, *(len(name) for name, _, _ in lines))
         self.say(f"\n{title}")
         for name, value, unit in lines:
-            self.say(
-                f"  {name:{width}} {value:14,.4g} {unit}"
-                if abs(value) < 1e5
-                else f"  {name:{width}} {value:14,.0f} {unit}"
-            )
+            number = f"{value:14,}" if isinstance(value, int) else f"{value:14,.4g}"
+            self.say(f"  {name:{width}} {number} {unit}")
         numbers = [{"name": name, "value": value, "unit": unit} for name, value, unit in lines]
         self.tables.append({"part": part, "title": title, "numbers": numbers} | facts)

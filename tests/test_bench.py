@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import bench
 from benchmark.layer import competitors
 from benchmark.rates import make_dense
+from benchmark.scaling import FORMULAS, Sizes, count, groups
 from benchmark.step import TrainingStep
 from benchmark.timing import median_interval, rows
 from trainer.errors import UserError
@@ -26,12 +27,15 @@ def times(spread, turns, ratio, seed=0):
 
 
 def test_a_drifting_machine_does_not_hide_a_ratio_and_a_noisy_one_is_called_noisy():
-    _, second = rows(times(spread=0.01, turns=30, ratio=1.1))
+    _, second = rows([times(spread=0.01, turns=30, ratio=1.1)])
     assert abs(second.ratio - 1.1) < 0.01 and second.low < second.ratio < second.high and not second.noisy
-    _, second = rows(times(spread=0.3, turns=30, ratio=1.1))
+    _, second = rows([times(spread=0.3, turns=30, ratio=1.1)])
     assert second.noisy
-    _, second = rows(times(spread=0.0, turns=5, ratio=1.1))
+    _, second = rows([times(spread=0.0, turns=5, ratio=1.1)])
     assert second.noisy and second.interval is None  # five turns tell nothing with 95%
+    _, second = rows([times(spread=0.01, turns=30, ratio=ratio) for ratio in (1.1, 1.1, 1.4)])
+    assert second.noisy and second.turns == 90  # no interval of theirs tells what the next process will find
+    assert second.by_process == pytest.approx((1.1, 1.1, 1.4), rel=0.02)
 
 
 @pytest.mark.parametrize("turns", [6, 7, 15, 60])
@@ -57,6 +61,20 @@ def test_the_dense_mlp_does_the_layers_multiplications(shape):
     assert counted["dense MLP"] == 3 * 2 * K * N * 2 * 4 * D * D
     assert router <= counted["MoE layer, balanced"] - counted["dense MLP"] <= router + sums
     assert skew > 1.5
+
+
+@pytest.mark.parametrize("sizes", [Sizes(2, 8, 32, 2, 256), Sizes(3, 16, 48, 4, 128), Sizes(1, 32, 16, 3, 64)])
+def test_the_formulas_of_the_scaling_document_hold(sizes):
+    for name, counted in count(sizes).items():
+        assert counted == pytest.approx(FORMULAS[name](sizes), rel=0.005), name
+
+
+def test_statistics_of_many_layers_run_in_groups(monkeypatch):
+    monkeypatch.setattr("chronomoe.statistics.LARGEST", 2 * 16 * 64)
+    monkeypatch.setattr("benchmark.scaling.LARGEST", 2 * 16 * 64)
+    sizes = Sizes(5, 16, 8, 2, 64)
+    assert groups(sizes) == 3
+    assert count(sizes)["statistics: operators"] == FORMULAS["statistics: operators"](sizes)
 
 
 def test_the_dense_gpt_does_the_moe_gpts_multiplications():
@@ -86,7 +104,7 @@ def test_layers_are_compared_with_the_dense_mlp_first(capsys):
     assert [(table["N"], table["E"]) for table in tables] == [(1024, 8), (1024, 64)]
     for table in tables:
         names = [row["name"] for row in table["rows"]]
-        assert names[:4] == ["dense MLP", "MoE layer, balanced", "MoE layer, skewed", "one-hot dispatch"]
+        assert names[:3] == ["dense MLP", "MoE layer, balanced", "MoE layer, skewed"] and names[4] == "one-hot dispatch"
         assert table["rows"][0]["ratio"] == 1 and all(row["median_ms"] > 0 for row in table["rows"])
 
 

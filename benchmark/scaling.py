@@ -1,0 +1,153 @@
+"""The formulas of docs/scaling.md beside what is counted. Counts, not times: they repeat to the last digit.
+
+All five steps on, and a step that does not log.
+
+L MoE layers, E experts, D width, K top_k, N tokens of a micro-batch, in float32 (4 bytes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmark.layer import ALL_ON
+from benchmark.timing import Effort, Report
+from chronomoe import ChronoLoop, RouterBias, RouterState, collect_trace
+from chronomoe.statistics import LARGEST
+from model import GPTConfig, MOELayer
+
+VIEWS = ("view", "detach", "unsqueeze", "select", "slice", "transpose", "t.", "expand", "unbind", "permute", "split")
+
+
+class Sizes(NamedTuple):
+    L: int
+    E: int
+    D: int
+    K: int
+    N: int
+
+
+SIZES = [
+    Sizes(2, 8, 128, 2, 2048),  # the slice
+    Sizes(2, 64, 128, 2, 2048),
+    Sizes(8, 8, 128, 2, 512),
+    Sizes(3, 8, 384, 2, 4096),  # nanoMoE's layers
+    Sizes(4, 32, 64, 4, 1024),
+    Sizes(1, 256, 256, 8, 2048),
+    Sizes(12, 64, 64, 2, 16384),  # too large for the statistics to take all layers at a time
+]
+
+
+def groups(s: Sizes) -> int:
+    """How many times the statistics' operators run: for as many layers at a time as fit LARGEST."""
+    at_a_time = max(1, LARGEST // (s.N * s.E))
+    return -(-s.L // at_a_time)
+
+
+FORMULAS: dict[str, Callable[[Sizes], int]] = {
+    "layer: floating-point operations": lambda s: 48 * s.K * s.N * s.D**2 + 6 * s.N * s.E * s.D + 4 * s.K * s.N * s.D,
+    "layer: the same without the experts', grouped": lambda s: 6 * s.N * s.E * s.D + 4 * s.E * s.K * s.N * s.D,
+    "layer: bytes kept for backward": lambda s: (
+        40 * s.K * s.N * s.D + 28 * s.K * s.N + 4 * s.N * s.E + 4 * s.N + 4 * s.E
+    ),
+    "layer: operators, a loop over experts": lambda s: 66 + s.K + 9 * s.E,
+    "layer: operators, experts grouped": lambda s: 82 + s.K,
+    "statistics: operators": lambda s: 4 + 25 * groups(s) + 2 * (groups(s) > 1),
+    "statistics: bytes read and written": lambda s: 4 * s.L * (46 * s.N * s.E + 6 * s.N + 4 * s.E * s.D),
+    "loop: operators": lambda s: 90,
+    "loop: bytes read and written": lambda s: 4 * s.L * (5 * s.E * s.D + 3 * s.D) + 602 * s.L * s.E + 168 * s.L + 126,
+    "loop: bytes of state": lambda s: 60 * s.L * s.E + 12 * s.L + 16,
+    "trace: bytes in the all-reduce": lambda s: 4 * (5 + s.L * (2 * s.E * s.D + 2 * s.E + 2)),
+}
+
+
+class Traffic(TorchDispatchMode):
+    """Counts operators that compute, and the bytes of their operands and results: the traffic if nothing is fused."""
+
+    def __init__(self):
+        super().__init__()
+        self.operators = 0
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not str(func).removeprefix("aten.").startswith(VIEWS):
+            self.operators += 1
+            tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
+            self.bytes += sum(min(x.numel() * x.element_size(), x.untyped_storage().nbytes()) for x in tensors)
+        return out
+
+
+def measure(report: Report, device: torch.device, effort: Effort, quick: bool) -> None:
+    """Formula and count at several sizes."""
+    table: dict[str, list[tuple[str, float, str]]] = {name: [] for name in FORMULAS}
+    for sizes in SIZES[:2] if quick else SIZES:
+        for name, counted in count(sizes).items():
+            expected = FORMULAS[name](sizes)
+            at = ", ".join(f"{key}={value}" for key, value in sizes._asdict().items())
+            table[name] += [(at, counted, f"counted; formula {expected:,.0f}; {100 * (expected / counted - 1):+.1f}%")]
+    for name, lines in table.items():
+        report.tell("scaling", name, lines)
+
+
+def count(s: Sizes) -> dict[str, float]:
+    """What one MoE layer's forward and backward, the statistics of L layers and the loop take, by FORMULAS' names."""
+    L, E, D, K, N = s
+    config = GPTConfig(n_embd=D, n_head=1, n_exp=E, top_k=K, bias=False, chrono=ALL_ON)
+    layer = MOELayer(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.normal_(std=0.02, generator=generator)
+    x = torch.randn(1, N, D, generator=generator, requires_grad=True)
+    bias = RouterBias(torch.zeros(E), torch.ones(()))
+
+    def once():
+        y, told = layer(x, bias, True)
+        y.sum().backward()
+        return told
+
+    counted: dict[str, float] = {}
+    for grouped, flops, operators in (
+        (True, "layer: the same without the experts', grouped", "layer: operators, experts grouped"),
+        (False, "layer: floating-point operations", "layer: operators, a loop over experts"),
+    ):
+        layer.experts.use_grouped_mm = grouped
+        with FlopCounterMode(display=False) as products:
+            once()
+        with Traffic() as traffic:
+            told = once()
+        counted[flops], counted[operators] = products.get_total_flops(), traffic.operators
+
+    kept: dict[int, int] = {}
+    own = {p.data_ptr() for p in layer.parameters()} | {x.data_ptr()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y, _ = layer(x, bias, True)
+    counted["layer: bytes kept for backward"] = sum(kept.values())
+    del y
+
+    zeros = (torch.zeros(()),) * 3
+    with Traffic() as traffic:
+        trace = collect_trace([told.routing] * L, ALL_ON, N, *zeros, outputs=[told.outputs] * L, logged=False)
+    counted["statistics: operators"], counted["statistics: bytes read and written"] = traffic.operators, traffic.bytes
+    loop = ChronoLoop(RouterState(L, E, ALL_ON), list(range(L)))
+    with Traffic() as traffic:
+        loop.step(trace)
+    counted["loop: operators"], counted["loop: bytes read and written"] = traffic.operators, traffic.bytes
+    counted["trace: bytes in the all-reduce"] = sum(x.numel() * x.element_size() for x in trace.present().values())
+    state = [*loop.router_state.buffers(), *loop.coherence.buffers(), *loop.lifecycle.buffers()]
+    counted["loop: bytes of state"] = sum(x.numel() * x.element_size() for x in state)
+    return counted
