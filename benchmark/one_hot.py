@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
+from pathlib import Path
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from model import GPT, LayerTrace, MOELayer
 
+sys.path.append(str(Path(__file__).parent.parent / "tests"))
+
+from reference import one_hot_moe
+
 CAPACITY = 1.25  # nanoMoE's default
-
-
-def one_hot_moe(x: Tensor, experts: Tensor, gates: Tensor, c_fc: Tensor, c_proj: Tensor, capacity: int) -> Tensor:
-    """The mixture [N, D] of tokens x [N, D], choices and gates [N, K], by [N, E, capacity] one-hot tensors."""
-    chosen = F.one_hot(experts.t(), len(c_fc))  # [K, N, E]
-    K, N, E = chosen.shape
-    rank = (chosen.reshape(K * N, E).cumsum(0) - 1).view(K, N, E)
-    chosen = chosen * (rank < capacity)
-    place = F.one_hot((rank * chosen).sum(-1), capacity)  # [K, N, C]
-    weight = chosen * gates.t().unsqueeze(-1)
-    combine = (weight.unsqueeze(3) * place.unsqueeze(2)).sum(0)  # [N, E, C]
-    batches = combine.bool().permute(1, 2, 0).to(x.dtype) @ x
-    out = (F.gelu(batches @ c_fc.to(x.dtype))) @ c_proj.to(x.dtype)
-    return combine.to(out.dtype).view(N, -1) @ out.view(-1, x.shape[-1])
 
 
 def capacity_of(layer: MOELayer, num_tokens: int) -> int:

@@ -94,6 +94,46 @@ def measure(report: Report, device: torch.device, effort: Effort, quick: bool) -
             table[name] += [(at, counted, f"counted; formula {expected:,.0f}; {100 * (expected / counted - 1):+.1f}%")]
     for name, lines in table.items():
         report.tell("scaling", name, lines)
+    for D in (2048, 7168):
+        sizes = Sizes(61, 256, D, 8, 4096)
+        at = ", ".join(f"{key}={value}" for key, value in sizes._asdict().items())
+        report.tell("scaling", f"by the formulas, a rank of 2048 at {at}", projected(sizes, 2048))
+
+
+# A rank's assumed rates. They are not measured.
+LINK = 50e9  # bytes/s, 400 Gbit/s
+MEMORY = 4.8e12  # bytes/s, the data sheet of an H200
+BF16, FP32 = 400e12, 50e12  # FLOP/s reached in products
+
+
+def projected(s: Sizes, ranks: int) -> list[tuple[str, float, str]]:
+    """What a training step of one micro-batch a rank takes of a rank."""
+    L, E, D, K, N = s
+    ring = 2 * (ranks - 1) / ranks  # bytes that a ring all-reduce sends, by bytes reduced
+    weights = 8 * L * E * D**2
+    trace = FORMULAS["trace: bytes in the all-reduce"](s)
+    experts, sums = 48 * L * K * N * D**2, 4 * L * E * K * N * D
+    statistics = FORMULAS["statistics: bytes read and written"](s)
+    loop = FORMULAS["loop: bytes read and written"](s)
+    return [
+        ("experts' weights", weights / 1e9, "billion, replicated"),
+        ("with gradients and Adam's moments in float32", 16 * weights / 1e12, "TB"),
+        ("all-reduce of their gradients", ring * 4 * weights / LINK, f"s at {LINK:.2g} bytes/s"),
+        ("experts' products, forward and backward", experts / BF16, f"s at {BF16:.2g} FLOP/s"),
+        ("kept for backward, in bfloat16", L * 20 * K * N * D / 1e9, "GB"),
+        ("sums of outputs by a selector", sums / FP32, f"s at {FP32:.2g} FLOP/s"),
+        ("their mask, a layer", 8 * E * K * N / 1e9, "GB"),
+        ("all-reduce of the trace", trace / 1e6, "MB"),
+        ("the same", ring * trace / LINK, f"s at {LINK:.2g} bytes/s"),
+        ("statistics", statistics / MEMORY, f"s at {MEMORY:.2g} bytes/s"),
+        ("their operators", FORMULAS["statistics: operators"](s), ""),
+        ("loop", loop / MEMORY, f"s at {MEMORY:.2g} bytes/s"),
+        ("its operators", FORMULAS["loop: operators"](s), ""),
+        ("its state", FORMULAS["loop: bytes of state"](s) / 1e6, "MB"),
+        ("operators of the layers' experts in a loop", L * FORMULAS["layer: operators, a loop over experts"](s), ""),
+        ("operators of the layers, experts grouped", L * FORMULAS["layer: operators, experts grouped"](s), ""),
+        ("values named expert/* in a logged step", 5 * L * E, ""),
+    ]
 
 
 def count(s: Sizes) -> dict[str, float]:

@@ -1,3 +1,4 @@
+import signal
 import sys
 from pathlib import Path
 
@@ -7,6 +8,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 import child
+
+# Tests send signals, and what a shell has set to be ignored (by nohup, or &) their children would ignore too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -104,3 +104,17 @@ def phi(y: Tensor, experts: Tensor, gates: Tensor, kept: Tensor, num_experts: in
         mean = total / count
         values.append((mean @ mixture / (mean.norm() * mixture.norm())).item())
     return values
+
+
+def one_hot_moe(x: Tensor, experts: Tensor, gates: Tensor, c_fc: Tensor, c_proj: Tensor, capacity: int) -> Tensor:
+    """The mixture [N, D] by [N, E, capacity] one-hot tensors, as nanoMoE dispatches; batched, to be timed."""
+    chosen = F.one_hot(experts.t(), len(c_fc))  # [K, N, E]
+    K, N, E = chosen.shape
+    rank = (chosen.reshape(K * N, E).cumsum(0) - 1).view(K, N, E)
+    chosen = chosen * (rank < capacity)
+    place = F.one_hot((rank * chosen).sum(-1), capacity)  # [K, N, C]
+    weight = chosen * gates.t().unsqueeze(-1)
+    combine = (weight.unsqueeze(3) * place.unsqueeze(2)).sum(0)  # [N, E, C]
+    batches = combine.bool().permute(1, 2, 0).to(x.dtype) @ x
+    out = torch.bmm(F.gelu(torch.bmm(batches, c_fc)), c_proj)
+    return combine.view(N, -1) @ out.view(-1, x.shape[-1])

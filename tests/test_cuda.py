@@ -6,6 +6,7 @@ import pytest
 import torch
 from common import chrono, train_step
 from test_run_files import differing_state, metrics
+from torch.profiler import ProfilerActivity, profile
 
 import train
 from chronomoe import ChronoLoop
@@ -14,9 +15,12 @@ from model import GPT, GPTConfig, MLPExperts
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
 
-def slice_model(**changes):
+LEAN = {"return_trace": "state", "return_logits": False}  # what train.py asks for where it does not log
+
+
+def slice_model(n_layer=4, **changes):
     config = GPTConfig(
-        block_size=128, vocab_size=257, n_layer=4, n_head=4, n_embd=128, bias=False, n_exp=8, use_aux_loss=True,
+        block_size=128, vocab_size=257, n_layer=n_layer, n_head=4, n_embd=128, bias=False, n_exp=8, use_aux_loss=True,
         use_router_z_loss=True, use_switch_tfm_init=True, router_use_full_prec=True, chrono=chrono(**changes),
     )  # fmt: skip
     model = GPT(config, torch.Generator().manual_seed(0)).cuda()
@@ -28,10 +32,10 @@ def batches(steps, seed=0):
     return [(x[:, :-1].contiguous(), x[:, 1:].contiguous()) for x in ids]
 
 
-def step(model, loop, optimizer, x, y):
+def step(model, loop, optimizer, x, y, compiled=None, **asked):
     def forward(*args, **kwargs):
         with torch.autocast("cuda", dtype=torch.bfloat16):
-            return model(*args, **kwargs)
+            return (compiled or model)(*args, **kwargs | asked)
 
     return train_step(model, loop, optimizer, [(x, y)], forward)
 
@@ -43,18 +47,19 @@ def run(steps=20):
     return torch.stack(losses), {**model.state_dict(), **loop.state_dict()["coherence"]}
 
 
-def test_a_step_does_not_wait_for_the_device():
+@pytest.mark.parametrize("asked", [{}, LEAN])
+def test_a_step_does_not_wait_for_the_device(asked):
     model, loop = slice_model()
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cuda")
     data = batches(6)
     for x, y in data[:3]:
-        step(model, loop, optimizer, x, y)
+        step(model, loop, optimizer, x, y, **asked)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for x, y in data[3:]:
-            step(model, loop, optimizer, x, y)
+            step(model, loop, optimizer, x, y, **asked)
         with pytest.raises(RuntimeError):
-            loop.read()
+            loop.coherence.phi("slow").sum().item()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert loop.coherence.step == 6
@@ -65,6 +70,52 @@ def test_two_runs_are_bit_equal():
     assert torch.equal(losses, again)
     for name, value in state.items():
         assert torch.equal(value, state_again[name]), name
+
+
+def test_compiled_without_graph_breaks_it_trains_as_eager_does_within_bfloat16():
+    runs = []
+    for compiled in (False, True):
+        model, loop = slice_model(eta=0.05, bridge_threshold=0.01)
+        forward = None
+        if compiled:
+            forward = torch.compile(model, fullgraph=True)
+            loop.compile()
+        optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cuda")
+        losses = [step(model, loop, optimizer, x, y, forward, return_logits=False) for x, y in batches(20)]
+        runs.append((torch.stack(losses), loop.coherence.phi("slow")))
+    torch.testing.assert_close(*(losses for losses, _ in runs), rtol=0.01, atol=0)
+    torch.testing.assert_close(*(phi for _, phi in runs), rtol=0, atol=0.02)
+
+
+def test_the_loop_is_as_many_kernels_for_any_number_of_layers():
+    counts = {}
+    for compiled in (False, True):
+        for n_layer in (4, 32):
+            model, loop = slice_model(n_layer)
+            if compiled:
+                loop.compile()
+            x, y = batches(1)[0]
+            _, _, trace = model(x, y, **LEAN)
+            for _ in range(3):
+                loop.step(trace)
+            torch.cuda.synchronize()
+            with profile(activities=[ProfilerActivity.CUDA]) as seen:
+                loop.step(trace)
+                torch.cuda.synchronize()
+            counts[compiled, n_layer] = sum(e.count for e in seen.key_averages() if e.self_device_time_total > 0)
+    assert counts[False, 4] == counts[False, 32] and counts[True, 4] == counts[True, 32] < 20
+
+
+def test_memory_does_not_grow():
+    model, loop = slice_model()
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cuda")
+    x, y = batches(1)[0]
+    held = []
+    for count in range(1000):
+        step(model, loop, optimizer, x, y, **LEAN)
+        if count % 100 == 99:
+            held.append(torch.cuda.memory_allocated())
+    assert len(set(held)) == 1
 
 
 def test_grouped_experts_agree_with_the_loop_over_slices():

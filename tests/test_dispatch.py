@@ -4,7 +4,6 @@ import pytest
 import reference
 import torch
 
-from benchmark.one_hot import one_hot_moe
 from chronomoe.dispatch import from_experts, kept_gates, plan_dispatch, to_experts
 from model import GPTConfig, MOELayer
 
@@ -133,5 +132,5 @@ def test_one_hot_dispatch_of_the_benchmark_computes_the_same(factor):
     routing = moe.router(x)
     experts = moe.experts
     slots = moe.capacity(30) or 30
-    theirs = one_hot_moe(x, routing.experts, routing.gates, experts.c_fc, experts.c_proj, slots)
+    theirs = reference.one_hot_moe(x, routing.experts, routing.gates, experts.c_fc, experts.c_proj, slots)
     torch.testing.assert_close(moe(x.unsqueeze(0), None, False)[0][0], theirs)

@@ -624,9 +624,8 @@ def test_a_signal_whose_message_nobody_can_read_saves_all_the_same(gone, keys, t
         read, write = os.openpty()
     number = signal.SIGINT if gone == "pipe" else signal.SIGHUP
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdin=write, stdout=write, stderr=write, start_new_session=True,
-        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # for tests run under nohup
-    )  # fmt: skip
+        command, cwd=ROOT, env=environment, stdin=write, stdout=write, stderr=write, start_new_session=True
+    )
     try:
         os.close(write)
         threading.Thread(target=lambda: child.wait_for(lambda: not drain(read)), daemon=True).start()
