@@ -1,6 +1,6 @@
 """What the loop costs, and how close the MoE layer and the step around it are to what the machine can do.
 
-    python bench.py                        everything, ten to fifteen minutes on two cores
+    python bench.py                        everything, 25 minutes on two cores
     python bench.py --quick                the same at small sizes, to see that it runs
     python bench.py step memory            some of it
     python bench.py --json > bench.json    for a program; the tables go to the error output
