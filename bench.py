@@ -74,6 +74,8 @@ def main(arguments: list[str]) -> int:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         with joined("cuda" if torch.cuda.is_available() and options.device != "cpu" else "cpu", "nccl") as ranks:
             step.across_ranks(report, ranks, pick_device(options.device, ranks), 4 * effort.least)
+            if options.json and ranks.first:
+                print(json.dumps({"tables": report.tables}, indent=1))
         return 0
     device = pick_device(options.device)
     began = time.time()
@@ -81,7 +83,7 @@ def main(arguments: list[str]) -> int:
     report.say("; ".join(f"{name} {value}" for name, value in facts.items()))
     for part in options.parts or [*PARTS, *(["profile"] if device.type == "cpu" and not options.quick else [])]:
         if part == "profile":
-            profile.measure(report, device, effort, options.against)
+            profile.measure(report, effort, options.against)
         else:
             PARTS[part](report, device, effort, options.quick)
     report.say(f"\n{time.time() - began:.0f} s")

@@ -16,12 +16,12 @@ from trainer.errors import UserError
 HERE = Path(__file__).parent
 
 
-def measure(report: Report, device: torch.device, effort: Effort, against: str | None) -> None:
+def measure(report: Report, effort: Effort, against: str | None) -> None:
     """Operators by their share of a step, on a CPU; `against` names a folder with another version of the project."""
     if against is not None and not (Path(against) / "model.py").exists():
         raise UserError(f"--against={against}: no model.py there; give a checkout of this project")
     trees = {"this one": str(HERE.parent)} | ({"the other": str(Path(against).resolve())} if against else {})
-    rate = matmul_rates(device, effort)["torch.mm"]
+    rate = matmul_rates(torch.device("cpu"), effort)["torch.mm"]  # one_step.py trains there
     for shape, steps in (("slice", 30), ("nanoMoE", 3)):
         answers: dict[str, list[dict]] = {name: [] for name in trees}
         for turn in range(3 if against else 1):

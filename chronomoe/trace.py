@@ -10,6 +10,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+LOGGED = frozenset({"prob", "js", "overlap", "flip", "flip_set", "relevance"})  # fields that only logs read
+
 
 @dataclass
 class MoETrace:
@@ -51,12 +53,20 @@ class MoETrace:
         return MoETrace(**{name: value + theirs[name] for name, value in mine.items()})
 
     def summed_over_ranks(self) -> MoETrace:
-        """The trace of all ranks' tokens, by one all-reduce; itself where it is that, or there is one process."""
+        """The trace of all ranks' tokens; itself where it is that already, or where there is one process.
+
+        By one all-reduce, and another one for what only logs read.
+        """
         if self.of_all_ranks or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return self
         present = self.present()
-        flat = torch.cat([value.reshape(-1) for value in present.values()])
-        torch.distributed.all_reduce(flat)
-        pieces = flat.split([value.numel() for value in present.values()])
-        summed = {name: piece.view_as(present[name]) for name, piece in zip(present, pieces)}
+        summed = {}
+        # What only logs read goes by itself: a sum's bits depend on its place in the tensor that is reduced.
+        for names in (present.keys() - LOGGED, present.keys() & LOGGED):
+            values = {name: value for name, value in present.items() if name in names}
+            if values:
+                flat = torch.cat([value.reshape(-1) for value in values.values()])
+                torch.distributed.all_reduce(flat)
+                pieces = flat.split([value.numel() for value in values.values()])
+                summed |= {name: piece.view_as(values[name]) for name, piece in zip(values, pieces)}
         return MoETrace(**summed, of_all_ranks=True)

@@ -16,7 +16,8 @@ from chronomoe import (
     compute_relevance,
 )
 from chronomoe.bridge import bias_needed, reach
-from model import MOELayer
+from chronomoe.dispatch import plan_dispatch
+from model import GPTConfig, MOELayer
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 DTYPES = list(TOLERANCE)
@@ -183,3 +184,30 @@ def test_logit_std_ignores_a_shift_common_to_a_tokens_experts():
         router.clean_logits = lambda x, logits=logits: logits(x) + 5 * x[:, :1]
     shifted = model(*tokens(0), return_trace=True)[2]
     torch.testing.assert_close(trace.logit_var[0], shifted.logit_var[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_sums_of_outputs_are_as_exact_as_without(dtype):
+    """Of the outputs that were computed: what 16 bits cost those is no matter of the sums."""
+    torch.manual_seed(6)
+    layer = MOELayer(GPTConfig(n_embd=64, n_head=1, n_exp=4, top_k=2, bias=True, chrono=chrono()))
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.normal_(std=0.1)
+    plan = plan_dispatch(torch.randint(4, (3000, 2)), 4)
+    weights = torch.rand(2, 6000)
+    with torch.autocast("cpu", dtype=dtype):
+        y, sums = layer.experts(torch.randn(6000, 64), plan, weights)
+    assert y.dtype == dtype and sums.dtype == torch.float32
+    for e in range(4):
+        mine = plan.experts == e
+        close(sums[:, e], weights[:, mine].double() @ y[mine].double(), torch.float32)
+
+
+def test_a_model_in_bfloat16_is_observed_in_float32():
+    model, loop = build(chrono())
+    model.bfloat16()
+    trace = model(*tokens(1), return_trace=True)[2]
+    assert trace.output.dtype == trace.gated_output.dtype == torch.float32
+    loop.step(trace)
+    assert loop.coherence.phi("slow").abs().max() > 0
