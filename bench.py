@@ -17,9 +17,9 @@ parts: layer    the MoE layer against a dense MLP of the same multiplications an
        saving   how long a checkpoint holds training up
        profile  where a step's time goes, and its floor (CPU)
 
-Competitors are timed in turn within one run, so that a machine whose speed drifts slows them alike. Printed are medians
-and the ratios to the first competitor with their middle half; a ratio whose 95% interval is wider than 5% is called too
-noisy to tell. On CUDA the experts run in bfloat16.
+Competitors are timed in turn within one run, so that a machine whose speed drifts slows them alike; layers in three
+processes. Printed are medians and the ratios to the first competitor with their middle half. A ratio is too noisy to
+tell if its 95% interval reaches further than 5%, or if a process has another one. On CUDA the experts run in bfloat16.
 """
 
 from __future__ import annotations

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
+from trainer.errors import UserError
+
 Times = dict[str, list[float]]  # ms of each turn, by competitor
 TO_TELL = 0.05  # a ratio whose 95% interval reaches further than this to either side is called noisy
 
@@ -160,7 +162,10 @@ class Report:
         self.tables: list[dict] = []
 
     def say(self, line: str) -> None:
-        print(line, file=sys.stderr if self.quiet else sys.stdout, flush=True)
+        try:
+            print(line, file=sys.stderr if self.quiet else sys.stdout, flush=True)
+        except BrokenPipeError:
+            raise UserError("nobody reads the tables any more; give them a file, or --json and a file") from None
 
     def compare(
         self, part: str, title: str, times: Times | list[Times], pairs: Sequence[tuple[str, str]] = (), **facts

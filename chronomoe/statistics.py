@@ -91,5 +91,4 @@ def _sums_of_bias(routings: Sequence[Routing], config: ChronoConfig, logged: boo
             "flip_set": (rank >= len(rank)).sum((0, -1), dtype=z.dtype) / len(rank),
             "relevance": relevance.expand(-1, 1, z.shape[-1]).sum((-2, -1)),
         }
-        sums.setdefault("disagreement", sums[config.bridge_signal])
     return sums

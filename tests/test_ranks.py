@@ -1,5 +1,6 @@
 """One truth on all ranks: two gloo processes hold bit-identical state, equal to one process's up to rounding."""
 
+import pytest
 import torch
 import torch.multiprocessing as mp
 from common import adamw, build, chrono, draw_beta, loop_state, tokens, train_step
@@ -62,9 +63,10 @@ def test_a_beta_that_differs_on_one_rank_is_seen(tmp_path):
     assert not torch.equal(first["router.beta_coeff"], second["router.beta_coeff"])
 
 
-def test_what_is_added_up_over_ranks_for_state_is_the_same_tensor_whether_or_not_the_step_logs(monkeypatch):
+@pytest.mark.parametrize("bridge", [True, False])
+def test_what_is_added_up_over_ranks_for_state_is_the_same_tensor_whether_or_not_the_step_logs(bridge, monkeypatch):
     """With three ranks or more a sum's last bits depend on its place in the tensor."""
-    model, _ = start()
+    model, _ = build(chrono(**CONFIG, bridge=bridge))
     reduced = {True: [], "state": []}
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     for kind, tensors in reduced.items():
