@@ -36,9 +36,9 @@ import torch
 from benchmark import layer, loop, memory, profile, rates, scaling, step
 from benchmark.timing import Effort, Report
 from train import pick_device
+from trainer.environment import surroundings
 from trainer.errors import UserError, run
 from trainer.ranks import joined
-from trainer.runlog import surroundings
 
 PARTS = {
     "layer": layer.measure,

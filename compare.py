@@ -24,8 +24,8 @@ from trainer.errors import UserError, run
 try:
     from comparison import report, sweep, wandb_runs
     from comparison.analysis import conclusion
-    from comparison.arms import ARMS
     from comparison.runs import group_into_arms, load_run, load_runs
+    from trainer.arms import ARMS
 except ModuleNotFoundError as e:
     sys.exit(f"error: comparing needs {e.name}: pip install -r requirements-compare.txt")
 

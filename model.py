@@ -27,6 +27,7 @@ from chronomoe.dispatch import (
     run_lengths,
     to_experts,
 )
+from chronomoe.options import check_options, option
 from chronomoe.router import ChronoRouter, RouterBias, RouterState, Routing
 from chronomoe.statistics import collect_trace
 from chronomoe.trace import MoETrace
@@ -37,35 +38,37 @@ from cross_entropy import IGNORED, linear_cross_entropy
 class GPTConfig:
     """The model's shape and losses, by nanoMoE's names; `chrono` holds the loop's settings.
 
-    A capacity of None is dropless; a number is nanoMoE's capacity factor.
+    A capacity of None is dropless; a number is nanoMoE's capacity factor. Raises ValueError for a value of a wrong type
+    or out of range.
     """
 
-    block_size: int = 1024
-    vocab_size: int = 50304
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    dropout: float = 0.0
-    bias: bool = True
+    block_size: int = option(1024, "tokens a sequence", least=1, role="model")
+    vocab_size: int = option(50304, "token ids", least=1, role="model")
+    n_layer: int = option(12, "transformer blocks", least=1, role="model")
+    n_head: int = option(12, "attention heads", least=1, role="model")
+    n_embd: int = option(768, "width", least=1, role="model")
+    dropout: float = option(0.0, "dropout probability", least=0, below=1)
+    bias: bool = option(True, "biases in linear layers and layer norms", role="model")
 
-    n_exp: int = 1
-    top_k: int = 2
-    use_aux_loss: bool = False
-    use_router_z_loss: bool = False
-    use_noisy_top_k: bool = False
-    aux_loss_weight: float = 0.01
-    router_z_loss_weight: float = 0.001
-    train_capacity: float | None = None
-    eval_capacity: float | None = None
-    min_capacity: int = 4
-    stride: int = 2
-    use_switch_tfm_init: bool = False
-    switch_tfm_init_scale: float = 1.0
-    router_use_full_prec: bool = False
+    n_exp: int = option(1, "experts in a MoE layer; 1 is a dense model", least=1, role="model")
+    top_k: int = option(2, "experts a token", least=1)
+    use_aux_loss: bool = option(False, "add Switch Transformer's load-balancing loss")
+    use_router_z_loss: bool = option(False, "add ST-MoE's router z-loss")
+    use_noisy_top_k: bool = option(False, "learnt noise on the routing logits while training", role="model")
+    aux_loss_weight: float = option(0.01, "weight of the load-balancing loss", least=0, needs="use_aux_loss")
+    router_z_loss_weight: float = option(0.001, "weight of the router z-loss", least=0, needs="use_router_z_loss")
+    train_capacity: float | None = option(None, "capacity factor of an expert while training; None: dropless", above=0)
+    eval_capacity: float | None = option(None, "capacity factor of an expert in evaluation; None: dropless", above=0)
+    min_capacity: int = option(4, "tokens that an expert with a capacity takes at least", least=0)
+    stride: int = option(2, "every stride-th block is a MoE layer, from block 0", least=1, role="model")
+    use_switch_tfm_init: bool = option(False, "Switch Transformer's initial weights")
+    switch_tfm_init_scale: float = option(1.0, "their scale", above=0, needs="use_switch_tfm_init")
+    router_use_full_prec: bool = option(False, "routing logits without autocast (on CUDA float32 matmuls use TF32)")
 
     chrono: ChronoConfig = field(default_factory=ChronoConfig)
 
     def __post_init__(self) -> None:
+        check_options(self)
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
         if self.n_exp > 1 and not 1 <= self.top_k <= self.n_exp:

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chronomoe.config import ChronoConfig, option
+from chronomoe.config import ChronoConfig
+from chronomoe.options import option, options_of
 from model import GPT, GPTConfig
 from train import pick_device, pick_precision
 from trainer import checkpoint as checkpoints
@@ -66,7 +67,7 @@ class SampleSettings:
 def main(arguments: list[str]) -> int:
     """Print texts as the arguments say. Returns the exit status: 0, 130 after Ctrl-C, 141 if the reader went away."""
     if "--help" in arguments or "-h" in arguments:
-        print(setting.help_text(setting.keys_of(SampleSettings), USAGE))
+        print(setting.help_text(dict(options_of(SampleSettings)), USAGE))
         return 0
     s = SampleSettings(**given(arguments))
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -227,7 +228,7 @@ def read_prompt(start: str) -> str:
 
 def given(arguments: list[str]) -> dict[str, Any]:
     """The keys that the command line and its config files set. Raises UserError for a wrong key, type or value."""
-    known = setting.keys_of(SampleSettings)
+    known = dict(options_of(SampleSettings))
     aliases = {alias: replace(known[name], name=alias) for alias, name in ALIASES.items()}
     values = setting.given(arguments, known | aliases)
     return {ALIASES.get(name, name): value for name, value in values.items()}

@@ -25,12 +25,13 @@ from trainer import checkpoint as checkpoints
 from trainer import resume, weights
 from trainer import settings as setting
 from trainer.data import EVAL_SEED, SPLITS, Prefetcher, TokenData, open_dataset
+from trainer.environment import surroundings
 from trainer.errors import UserError, first_line, run
 from trainer.flops import flops_per_token, peak
 from trainer.guard import NonFiniteGuard, Skipped
 from trainer.lock import held
 from trainer.ranks import Ranks, environment, job, joined
-from trainer.runlog import NoLog, RunLog, surroundings
+from trainer.runlog import NoLog, RunLog
 from trainer.settings import Settings
 from trainer.signals import caught_signals
 
@@ -409,8 +410,9 @@ def reach_line(chrono: ChronoConfig) -> str:
     )
     if not chrono.bridge:
         return line
-    needed = bias_needed(chrono.bridge_signal, chrono.bridge_threshold)
-    name, threshold = chrono.bridge_signal, chrono.bridge_threshold
+    name, threshold = chrono.bridge_signal, chrono.disagreement_threshold
+    needed = bias_needed(name, threshold)
+
     if not math.isfinite(needed):
         return f"{line}; no bias reaches the bridge's threshold, {name} {threshold:g}"
     if chrono.k_max == 0:

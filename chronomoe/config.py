@@ -5,28 +5,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
+from chronomoe.options import check_options, option
 
-def option(
-    default: Any,
-    help: str,
-    *,
-    choices: tuple | None = None,
-    above: float | None = None,
-    least: float | None = None,
-    below: float | None = None,
-    most: float | None = None,
-) -> Any:
-    """A dataclass field that documents itself and knows its range.
-
-    `above` and `below` are exclusive bounds, `least` and `most` inclusive ones.
-    """
-    limits = {"choices": choices, "above": above, "least": least, "below": below, "most": most}
-    return field(default=default, metadata={"help": help, **limits})
-
-
+THRESHOLDS = {"js": 0.2, "overlap": 0.1}  # default of bridge_threshold, by bridge_signal
 STEPS = ("router", "coherence", "beta", "bridge", "lifecycle")
 
 # Step -> the steps whose results it reads.
@@ -51,65 +34,99 @@ def missing_steps(config: ChronoConfig) -> list[tuple[str, str]]:
 class ChronoConfig:
     """Switches and constants of the closed loop.
 
-    Raises ValueError when a step is on while one that it reads from is off.
+    Raises ValueError for a value of a wrong type or out of range, and when a step is on while one that it reads from is
+    off.
     """
 
     router: bool = option(False, "step 1: add beta to the routing logits, measure clean against biased routing")
     coherence: bool = option(False, "step 2: track each expert's coherence with its layer")
     beta: bool = option(False, "step 3: let coherence move beta (needs steps 1 and 2)")
-    bridge: bool = option(False, "step 4: weaken beta where it disagrees with the router (needs step 1)")
-    lifecycle: bool = option(False, "step 5: propose prunes, execute none (needs step 2)")
+    bridge: bool = option(False, "step 4: weaken beta where it disagrees with the router (needs step 1)", needs="beta")
+    lifecycle: bool = option(False, "step 5: propose prunes, execute none (needs step 2)", role="logging")
 
     signal: str = option(
         "coherence",
         "what drives beta; 'shuffled' (another expert's coherence) and 'load' (load balance) are controls",
         choices=("coherence", "shuffled", "load"),
+        needs="beta",
     )
-    k_max: float = option(0.3, "beta stays within plus and minus this, in units of logit_std", least=0)
-    eta: float = option(1e-4, "drift of beta per step and unit of (phi_slow - tau)", least=0)
-    tau: float = option(0.5, "coherence at which beta stands still", least=-1, most=1)
-    center: bool = option(False, "subtract the layer's mean drift, so that beta moves only by differences")
+    k_max: float = option(0.3, "beta stays within plus and minus this, in units of logit_std", least=0, needs="beta")
+    eta: float = option(1e-4, "drift of beta per step and unit of (phi_slow - tau)", least=0, needs="beta")
+    tau: float = option(0.5, "coherence at which beta stands still", least=-1, most=1, needs="beta")
+    center: bool = option(
+        False, "subtract the layer's mean drift, so that beta moves only by differences", needs="beta"
+    )
     gates: str = option(
         "biased",
         "'biased': beta also weighs the chosen experts; 'clean': it only chooses them",
         choices=("biased", "clean"),
+        needs="beta",
     )
 
-    logit_std_alpha: float = option(0.99, "EMA factor of logit_std", least=0, below=1)
-    alpha_fast: float = option(0.9, "EMA factor of phi_fast", least=0, below=1)
-    alpha_mid: float = option(0.99, "EMA factor of phi_mid", least=0, below=1)
-    alpha_slow: float = option(0.999, "EMA factor of phi_slow", least=0, below=1)
-    ema_debias: bool = option(True, "read the phi EMAs corrected for their start at zero")
+    logit_std_alpha: float = option(0.99, "EMA factor of logit_std", least=0, below=1, needs="router")
+    alpha_fast: float = option(0.9, "EMA factor of phi_fast", least=0, below=1, needs="coherence")
+    alpha_mid: float = option(0.99, "EMA factor of phi_mid", least=0, below=1, needs="coherence")
+    alpha_slow: float = option(0.999, "EMA factor of phi_slow", least=0, below=1, needs="coherence")
+    ema_debias: bool = option(True, "read the phi EMAs corrected for their start at zero", needs="coherence")
 
     reference: str = option(
         "mixture",
         "what an expert's output is compared with; 'leave_one_out' takes the expert's own share out",
         choices=("mixture", "leave_one_out"),
+        needs="coherence",
     )
-    window: int = option(1000, "steps without a token after which an expert counts as unobserved", least=1)
+    window: int = option(
+        1000, "steps without a token after which an expert counts as unobserved", least=1, needs="coherence"
+    )
 
-    bridge_signal: str = option("js", "disagreement that the bridge reads", choices=("js", "overlap"))
-    bridge_threshold: float = option(
-        0.2, "disagreement up to which beta acts in full, off at three times it ('overlap': 0.1 unless set)", above=0
+    bridge_signal: str = option("js", "disagreement that the bridge reads", choices=("js", "overlap"), needs="bridge")
+    bridge_threshold: float | None = option(
+        None,
+        "disagreement up to which beta acts in full; at three times it beta is off; None: 0.2 for 'js', 0.1 for "
+        "'overlap'",
+        needs="bridge",
+        above=0,
     )
     bridge_scope: str = option(
         "batch",
         "'batch': one relevance a layer, from the last step; 'token': one a token, from itself",
         choices=("batch", "token"),
+        needs="bridge",
     )
 
-    prune_phi: float = option(0.3, "low_coherence: phi_slow below this", least=-1, most=1)
-    prune_min_tokens: int = option(1000, "low_coherence: only with more tokens than this", least=0)
-    prune_min_updates: int = option(100, "low_coherence: only with more updates than this", least=0)
-    unused_tokens: int = option(100, "low_observability: fewer tokens than this in all", least=0)
-    unused_after: int = option(1000, "low_observability: not before this many steps", least=0)
+    prune_phi: float = option(
+        0.3, "low_coherence: phi_slow below this", least=-1, most=1, needs="lifecycle", role="logging"
+    )
+    prune_min_tokens: int = option(
+        1000, "low_coherence: only with more tokens than this", least=0, needs="lifecycle", role="logging"
+    )
+    prune_min_updates: int = option(
+        100, "low_coherence: only with more updates than this", least=0, needs="lifecycle", role="logging"
+    )
+    unused_tokens: int = option(
+        100, "low_observability: fewer tokens than this in all", least=0, needs="lifecycle", role="logging"
+    )
+    unused_after: int = option(
+        1000, "low_observability: not before this many steps", least=0, needs="lifecycle", role="logging"
+    )
     starving_phi: float = option(
-        0.5, "a layer with a token-weighted mean phi_slow below this keeps its unused experts", least=-1, most=1
+        0.5,
+        "a layer with a token-weighted mean phi_slow below this keeps its unused experts",
+        least=-1,
+        most=1,
+        needs="lifecycle",
+        role="logging",
     )
 
     def __post_init__(self) -> None:
+        check_options(self)
         for step, needed in missing_steps(self):
             raise ValueError(f"{step}=True needs {needed}=True")
+
+    @property
+    def disagreement_threshold(self) -> float:
+        """bridge_threshold, or where that is None the default of bridge_signal."""
+        return THRESHOLDS[self.bridge_signal] if self.bridge_threshold is None else self.bridge_threshold
 
     def steps_on(self) -> list[str]:
         """The steps that are on, in order."""

@@ -75,7 +75,7 @@ class RouterState(StateModule):
         if config.bridge:
             seen = trace.disagreement / trace.tokens
             self.disagreement.copy_(torch.where(ok & (seen < torch.inf), seen, self.disagreement))
-            self.relevance.copy_(compute_relevance(self.disagreement, config.bridge_threshold))
+            self.relevance.copy_(compute_relevance(self.disagreement, config.disagreement_threshold))
 
 
 class Routing(NamedTuple):
@@ -168,4 +168,4 @@ class ChronoRouter(nn.Module):
         z = z_clean.t().contiguous()  # [E, N], see statistics.py
         p, q = z.softmax(0), (z + bias.beta_eff.unsqueeze(-1)).softmax(0)
         disagreement = disagreement_per_token(p, q, config.bridge_signal, dim=0)
-        return compute_relevance(disagreement, config.bridge_threshold).unsqueeze(-1)
+        return compute_relevance(disagreement, config.disagreement_threshold).unsqueeze(-1)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from comparison.arms import ARMS, arm_of
+from trainer.arms import ARMS, arm_of
 from trainer.errors import UserError
 from trainer.files import parse_json, read_text
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from comparison.arms import ARMS
+from trainer.arms import ARMS
 from trainer.errors import UserError
 from trainer.files import parse_json
 

@@ -11,8 +11,8 @@ import pytest
 
 import compare
 from comparison.analysis import analyse, conclusion, same_against_same, steps_to_loss, verdict
-from comparison.arms import ARMS
 from comparison.runs import group_into_arms, load_run, load_runs, pairs
+from trainer.arms import ARMS
 from trainer.errors import UserError
 
 ROOT = Path(__file__).parent.parent

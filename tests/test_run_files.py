@@ -233,7 +233,7 @@ def test_config_json_holds_every_key_and_what_the_run_ran_on(full_run, dataset):
     found = json.loads((full_run / "config.json").read_text())
     given = TINY | ALL_ON | NOISY | {"dataset": str(dataset), "out_dir": str(full_run)}
     keys = from_arguments([]).flat()
-    assert {key: found[key] for key in keys} == keys | given | {"dtype": "float32"}
+    assert {key: found[key] for key in keys} == keys | given | {"dtype": "float32", "arm": "on"}
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     commit = found["git_commit"]
     assert (commit.removesuffix("-dirty") if commit else "") == head.stdout.strip()

@@ -18,8 +18,8 @@ from common import build
 
 import sample
 import train
+from chronomoe.options import options_of
 from model import GPT, GPTConfig
-from trainer import settings as setting
 from trainer.errors import UserError, run
 from trainer.tokenizer import END_OF_TEXT, UNKNOWN, TiktokenCodec, byte_encoding, codec_for, encoding_for
 
@@ -363,4 +363,4 @@ def test_a_mistake_exits_with_2(monkeypatch, capsys):
 def test_help_lists_every_key(capsys):
     assert sample.main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert all(f"\n  {key} = " in text for key in setting.keys_of(sample.SampleSettings))
+    assert all(f"\n  {key} = " in text for key in options_of(sample.SampleSettings))

@@ -41,7 +41,7 @@ CHRONO = dict.fromkeys(SWITCHES, False) | {
     "chrono_reference": "mixture",
     "chrono_window": 1000,
     "chrono_bridge_signal": "js",
-    "chrono_bridge_threshold": 0.2,
+    "chrono_bridge_threshold": None,
     "chrono_bridge_scope": "batch",
     "chrono_prune_phi": 0.3,
     "chrono_prune_min_tokens": 1000,
@@ -111,7 +111,7 @@ OTHERWISE_THAN_NANOMOE = {
     "dtype": "auto",
     "compile": False,
 }
-DEFAULTS = NANOMOE | OTHERWISE_THAN_NANOMOE | CHRONO | {"seed": 1337}
+DEFAULTS = NANOMOE | OTHERWISE_THAN_NANOMOE | CHRONO | {"seed": 1337, "arm": "off", "margin": None}
 CHOICES = {
     "init_from": ["scratch", "resume"],
     "dtype": ["auto", "float32", "bfloat16", "float16"],
@@ -165,7 +165,7 @@ def test_help_lists_every_key_with_default_meaning_and_choices(capsys):
     assert train.main(["--help"]) == 0
     text = capsys.readouterr().out
     listed = re.findall(r"^  (\w+) = (.+)\n      (\S.+)$", text, flags=re.MULTILINE)
-    assert {name: ast.literal_eval(default) for name, default, _ in listed} == DEFAULTS
+    assert {name: ast.literal_eval(default) for name, default, _ in listed} == DEFAULTS | {"arm": ""}
     assert len(listed) == len(DEFAULTS)
     meanings = {name: meaning for name, _, meaning in listed}
     assert [name for name, key in keys().items() if not meanings[name].startswith(key.metadata["help"])] == []
@@ -411,13 +411,13 @@ def test_the_vertical_slice_has_all_five_steps_on():
 
 def test_beta_off_differs_from_the_slice_in_beta_alone():
     off = flat("config/beta_off.py")
-    assert differing(flat("config/vertical_slice.py"), off) == {"chrono_beta", "out_dir"}
+    assert differing(flat("config/vertical_slice.py"), off) == {"arm", "chrono_beta", "out_dir"}
     assert off["chrono_beta"] is False
 
 
 def test_plain_differs_from_the_slice_in_the_five_switches_alone():
     plain = flat("config/plain.py")
-    assert differing(flat("config/vertical_slice.py"), plain) == {*SWITCHES, "out_dir"}
+    assert differing(flat("config/vertical_slice.py"), plain) == {*SWITCHES, "arm", "out_dir"}
     assert not any(plain[key] for key in SWITCHES)
 
 
@@ -425,7 +425,8 @@ def test_plain_differs_from_the_slice_in_the_five_switches_alone():
 def test_each_step_file_turns_on_one_more_switch(step):
     before = flat(STEP_FILES[step - 1] if step else "config/plain.py")
     after = flat(STEP_FILES[step])
-    assert differing(before, after) == {SWITCHES[step], "out_dir"}
+    arm = {"arm"} if SWITCHES[step] == "chrono_beta" else set()
+    assert differing(before, after) == {SWITCHES[step], "out_dir"} | arm
     assert [after[key] for key in SWITCHES] == [i <= step for i in range(5)]
 
 
@@ -437,7 +438,7 @@ def test_the_page_for_nanomoes_users_has_every_setting_and_our_defaults():
     page = (ROOT / "docs" / "from_nanomoe.md").read_text()
     rows = re.findall(r"^\| `(\w+)` \| `(.*?)` \| `(.*?)` \|", page, flags=re.MULTILINE)
     ours = {name: default for name, _, default in rows}
-    new = {"seed", "checkpoint_interval", "checkpoint_minutes"}
+    new = {"seed", "arm", "margin", "checkpoint_interval", "checkpoint_minutes"}
     expected = {name for name in DEFAULTS if not name.startswith("chrono_")} - new
     assert ours.keys() == expected
     assert ours == {name: str(DEFAULTS[name]) for name in expected}

@@ -26,8 +26,6 @@ from trainer.files import PARTIAL, twin, whole_file
 
 NAME, PREVIOUS, BEST = "ckpt.pt", "ckpt_previous.pt", "ckpt_best.pt"
 DAMAGED = ".damaged"  # how the name of a checkpoint ends that was found damaged and kept aside
-# What fixes the weights.
-SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias", "n_exp", "stride", "use_noisy_top_k")
 NEEDED = {"model": dict, "optimizer": dict, "model_args": dict, "iter_num": int}
 DIGEST = b"sha256:"
 COMMENT_LENGTH = 2  # a zip file ends with the length of its comment, here 0 before the digest is added

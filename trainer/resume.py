@@ -13,16 +13,12 @@ from torch import Tensor
 
 from trainer import checkpoint as checkpoints
 from trainer import settings as setting
+from trainer.arms import contradiction
 from trainer.errors import UserError
 from trainer.ranks import Ranks, job
 from trainer.runlog import history_in, holds_a_run
 from trainer.settings import Settings
 from trainer.weights import find as find_weights
-
-# What belongs to a start and its machine: a checkpoint's is not taken over.
-OF_A_START = ("init_from", "out_dir", "eval_only", "device", "backend", "wandb_log", "wandb_project", "wandb_run_name")
-# Nor, from a checkpoint of nanoMoE, what its program takes by default and this one by choice.
-OF_A_PROGRAM = ("dtype", "compile")
 
 
 @dataclass
@@ -75,14 +71,19 @@ def begin(given: dict[str, Any], again: bool = False) -> Start:
         return _from_weights(given, "scratch" if init_from == "auto" else init_from)
     saved, notes, damaged = checkpoints.newest(out_dir)
     before = _settings_in(saved, out_dir / checkpoints.NAME)
-    for key in checkpoints.SHAPE:
+    for key in setting.names_with_role("model"):
         if key in given and key in before and given[key] != before[key]:
             raise UserError(
                 f"{key}={given[key]}, but the checkpoint in {out_dir} has {key}={before[key]}: a model's shape cannot "
                 f"change on resume; leave {key} out, or start a run with another --out_dir"
             )
-    not_taken = OF_A_START if checkpoints.is_ours(saved) else OF_A_START + OF_A_PROGRAM
-    s = setting.from_values({key: value for key, value in before.items() if key not in not_taken} | given)
+    not_taken = setting.names_with_role("start", "machine")
+    if not checkpoints.is_ours(saved):
+        not_taken += setting.names_with_role("numerics")  # nanoMoE's defaults, which its user did not choose
+    merged = {key: value for key, value in before.items() if key not in not_taken} | given
+    if "arm" not in given and contradiction(merged.get("arm", ""), merged):
+        merged["arm"] = ""  # the keys that are given make it another one
+    s = setting.from_values(merged)
     changed = {
         key: [before[key], value]
         for key, value in s.flat().items()
@@ -98,7 +99,9 @@ def _from_weights(given: dict[str, Any], source: str) -> Start:
         return Start(setting.from_values(given))
     weights, model_args = find_weights(source)
     known = setting.keys()
-    theirs = {k: known[k].check(v, source) for k, v in model_args.items() if k in checkpoints.SHAPE}
+    theirs = {
+        k: setting.check(known[k], v, source) for k, v in model_args.items() if k in setting.names_with_role("model")
+    }
     dense = theirs.get("n_exp", 1) == 1
     may_change = {"n_exp", "stride", "use_noisy_top_k"} if dense else set()
     for key, value in theirs.items():
@@ -127,7 +130,7 @@ def _settings_in(saved: dict[str, Any], path: Path) -> dict[str, Any]:
     config = saved.get("config")
     found = (config if isinstance(config, dict) else {}) | saved["model_args"]
     known = setting.keys()
-    return {key: known[key].check(value, str(path)) for key, value in found.items() if key in known}
+    return {key: setting.check(known[key], value, str(path)) for key, value in found.items() if key in known}
 
 
 def check_data(saved: dict[str, Any], dataset: str, now: dict[str, dict[str, Any]]) -> None:

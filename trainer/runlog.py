@@ -11,15 +11,12 @@ import contextlib
 import dataclasses
 import json
 import os
-import platform
-import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from tqdm import tqdm
 
 from chronomoe import PruneDecision
@@ -227,29 +224,6 @@ def wandb_identity(settings: Settings) -> dict[str, Any]:
         "group": f"{Path(s.dataset).name}-{shape}",
         "job_type": "beta_on" if s.chrono.beta else "beta_off",
         "tags": [*s.chrono.steps_on(), f"signal:{s.chrono.signal}", f"seed:{s.seed}"],
-    }
-
-
-def surroundings() -> dict[str, Any]:
-    """What a run's bits depend on beside its settings and data: versions, threads, commit."""
-    here = Path(__file__).parent
-    try:
-        git = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        commit = git.stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
-    return {
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "platform": platform.platform(),
-        "git_commit": commit,
     }
 
 

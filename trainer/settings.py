@@ -17,14 +17,30 @@ from typing import Any
 
 import numpy as np
 
-from chronomoe.config import ChronoConfig, missing_steps, option
+from chronomoe.config import ChronoConfig, missing_steps
+from chronomoe.options import Option, option, options_of, same_option
 from model import GPTConfig
+from trainer.arms import ARMS, CUSTOM, arm_of, contradiction
 from trainer.errors import UserError, first_line
 from trainer.files import read_text
 
 PREFIX = "chrono_"
-OVERLAP_THRESHOLD = 0.1  # chrono_bridge_threshold's default where the bridge reads the overlap
-LARGEST = {int: 2**63, float: 1e300}  # no seed, count or rate is beyond; nan is not below it either
+# What a change of a setting changes: its `role`.
+ROLES = {
+    "model": "the shapes of the weights: it cannot change on resume",
+    "computed": "what a run computes",
+    "data": "the name of the data, which are compared by their sha256",
+    "numerics": "the precision of what a run computes; a checkpoint of nanoMoE does not decide it",
+    "length": "how many steps a run has: it can grow on resume",
+    "machine": "where a run computes, and so its rounding; a checkpoint does not decide it",
+    "logging": "what a run writes, and when",
+    "start": "one start of the program; a checkpoint does not decide it",
+    "study": "how a run is judged in a comparison",
+    "arm": "which arm of a comparison the run belongs to",
+    "seed": "the random numbers: runs with the same seed are a pair",
+}
+# Runs that differ in one of these do not compute the same.
+COMPARED = ("model", "computed", "numerics", "length", "study")
 USAGE = "usage: python train.py [config/FILE.py ...] [--key=value ...] [--help]"
 
 
@@ -33,76 +49,101 @@ class Settings:
     """A run's settings; `flat()` gives them as the keys that users write."""
 
     # Run
-    out_dir: str = option("out", "folder that the run writes into")
+    out_dir: str = option("out", "folder that the run writes into", role="start")
     init_from: str = option(
         "scratch",
-        "'scratch'; 'resume' to continue the run in out_dir; 'auto': resume if there is a checkpoint, else start; "
-        "'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a PATH to a checkpoint: start from these weights",
+        "'scratch'; 'resume' to continue the run in out_dir; 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a PATH "
+        "to a checkpoint: start from these weights; 'auto': resume if there is a checkpoint, else start from scratch; "
+        "'auto:gpt2' or 'auto:PATH': else start from these weights",
+        role="start",
     )
-    seed: int = option(1337, "of initial weights, data order, dropout and router noise", least=0)
+    seed: int = option(1337, "of initial weights, data order, dropout and router noise", least=0, role="seed")
+    arm: str = option(
+        "",
+        "arm of a comparison: sets the keys that define it; empty: the arm that the keys make, or 'custom'",
+        choices=("", *ARMS, CUSTOM),
+        role="arm",
+    )
+    margin: float | None = option(
+        None,
+        "difference in validation loss, in nats, up to which compare.py calls two arms equivalent; None: never",
+        above=0,
+        role="study",
+    )
     eval_interval: int = option(2000, "steps between evaluations", least=1)
     eval_iters: int = option(200, "validation batches an evaluation, the same ones each time", least=1)
-    eval_only: bool = option(False, "evaluate once and stop")
-    log_interval: int = option(1, "steps between log lines", least=1)
-    always_save_checkpoint: bool = option(True, "save at every evaluation, not only at a new best loss")
-    checkpoint_interval: int = option(0, "steps between checkpoints, beside those at evaluations; 0: none", least=0)
-    checkpoint_minutes: float = option(10.0, "a checkpoint when the last one is so many minutes old; 0: none", least=0)
+    eval_only: bool = option(False, "evaluate once and stop", role="start")
+    log_interval: int = option(1, "steps between log lines", least=1, role="logging")
+    always_save_checkpoint: bool = option(True, "save at every evaluation, not only at a new best loss", role="logging")
+    checkpoint_interval: int = option(
+        0, "steps between checkpoints, beside those at evaluations; 0: none", least=0, role="logging"
+    )
+    checkpoint_minutes: float = option(
+        10.0, "a checkpoint when the last one is so many minutes old; 0: none", least=0, role="logging"
+    )
 
     # Weights & Biases
-    wandb_log: bool = option(False, "log to Weights & Biases too (offline if not logged in or without network)")
-    wandb_project: str = option("nano-chronomoe", "W&B project")
-    wandb_run_name: str = option("", "W&B run name; empty: the name of out_dir")
+    wandb_log: bool = option(
+        False, "log to Weights & Biases too (offline if not logged in or without network)", role="start"
+    )
+    wandb_project: str = option("nano-chronomoe", "W&B project", role="start")
+    wandb_run_name: str = option("", "W&B run name; empty: the name of out_dir", role="start")
 
     # Data
-    dataset: str = option("openwebtext", "folder under data/ with train.bin and val.bin, or a path to such a folder")
+    dataset: str = option(
+        "openwebtext", "folder under data/ with train.bin and val.bin, or a path to such a folder", role="data"
+    )
     gradient_accumulation_steps: int = option(40, "micro-batches a step", least=1)
     batch_size: int = option(12, "sequences a micro-batch", least=1)
-    block_size: int = option(1024, "tokens a sequence", least=1)
+    block_size: int = same_option(GPTConfig, "block_size")
 
-    # Model
-    n_layer: int = option(12, "transformer blocks", least=1)
-    n_head: int = option(12, "attention heads", least=1)
-    n_embd: int = option(768, "width", least=1)
-    dropout: float = option(0.0, "dropout probability", least=0, below=1)
-    bias: bool = option(False, "biases in linear layers and layer norms")
+    # Model; a default that is given here is that of nanoMoE's train.py where its GPTConfig has another
+    n_layer: int = same_option(GPTConfig, "n_layer")
+    n_head: int = same_option(GPTConfig, "n_head")
+    n_embd: int = same_option(GPTConfig, "n_embd")
+    dropout: float = same_option(GPTConfig, "dropout")
+    bias: bool = same_option(GPTConfig, "bias", False)
 
     # Mixture of experts
-    n_exp: int = option(1, "experts in a MoE layer; 1 is a dense model", least=1)
-    top_k: int = option(2, "experts a token", least=1)
-    use_aux_loss: bool = option(False, "add Switch Transformer's load-balancing loss")
-    use_router_z_loss: bool = option(False, "add ST-MoE's router z-loss")
-    use_noisy_top_k: bool = option(False, "learnt noise on the routing logits while training")
-    aux_loss_weight: float = option(0.001, "weight of the load-balancing loss", least=0)
-    router_z_loss_weight: float = option(0.01, "weight of the router z-loss", least=0)
-    train_capacity: float | None = option(None, "capacity factor of an expert while training; None: dropless", above=0)
-    eval_capacity: float | None = option(None, "capacity factor of an expert in evaluation; None: dropless", above=0)
-    min_capacity: int = option(4, "tokens that an expert with a capacity takes at least", least=0)
-    stride: int = option(2, "every stride-th block is a MoE layer, from block 0", least=1)
-    use_switch_tfm_init: bool = option(False, "Switch Transformer's initial weights")
-    switch_tfm_init_scale: float = option(1.0, "their scale", above=0)
-    router_use_full_prec: bool = option(False, "routing logits without autocast (on CUDA float32 matmuls use TF32)")
+    n_exp: int = same_option(GPTConfig, "n_exp")
+    top_k: int = same_option(GPTConfig, "top_k")
+    use_aux_loss: bool = same_option(GPTConfig, "use_aux_loss")
+    use_router_z_loss: bool = same_option(GPTConfig, "use_router_z_loss")
+    use_noisy_top_k: bool = same_option(GPTConfig, "use_noisy_top_k")
+    aux_loss_weight: float = same_option(GPTConfig, "aux_loss_weight", 0.001)
+    router_z_loss_weight: float = same_option(GPTConfig, "router_z_loss_weight", 0.01)
+    train_capacity: float | None = same_option(GPTConfig, "train_capacity")
+    eval_capacity: float | None = same_option(GPTConfig, "eval_capacity")
+    min_capacity: int = same_option(GPTConfig, "min_capacity")
+    stride: int = same_option(GPTConfig, "stride")
+    use_switch_tfm_init: bool = same_option(GPTConfig, "use_switch_tfm_init")
+    switch_tfm_init_scale: float = same_option(GPTConfig, "switch_tfm_init_scale")
+    router_use_full_prec: bool = same_option(GPTConfig, "router_use_full_prec")
 
     # Optimizer
     learning_rate: float = option(6e-4, "highest learning rate", least=0)
-    max_iters: int = option(600000, "optimizer steps", least=0)
+    max_iters: int = option(600000, "optimizer steps", least=0, role="length")
     weight_decay: float = option(1e-1, "AdamW's weight decay", least=0)
     beta1: float = option(0.9, "AdamW", least=0, below=1)
     beta2: float = option(0.95, "AdamW", least=0, below=1)
     grad_clip: float = option(1.0, "gradient norm to clip at; 0: do not clip", least=0)
     decay_lr: bool = option(True, "warm up, then decay the learning rate along a cosine")
-    warmup_iters: int = option(2000, "steps of warm-up", least=0)
-    lr_decay_iters: int = option(600000, "step at which the learning rate reaches min_lr", least=0)
-    min_lr: float = option(6e-5, "lowest learning rate", least=0)
+    warmup_iters: int = option(2000, "steps of warm-up", least=0, needs="decay_lr")
+    lr_decay_iters: int = option(600000, "step at which the learning rate reaches min_lr", least=0, needs="decay_lr")
+    min_lr: float = option(6e-5, "lowest learning rate", least=0, needs="decay_lr")
 
     # System
-    backend: str = option("nccl", "torch.distributed backend between GPUs; on CPUs it is gloo")
-    device: str = option("auto", "'auto' (CUDA if there is one, else the CPU), 'cpu', 'cuda', 'cuda:1', 'mps'")
+    backend: str = option("nccl", "torch.distributed backend between GPUs; on CPUs it is gloo", role="machine")
+    device: str = option(
+        "auto", "'auto' (CUDA if there is one, else the CPU), 'cpu', 'cuda', 'cuda:1', 'mps'", role="machine"
+    )
     dtype: str = option(
         "auto",
         "'auto': bfloat16 or float16 on CUDA, float32 on a CPU",
         choices=("auto", "float32", "bfloat16", "float16"),
+        role="numerics",
     )
-    compile: bool = option(False, "torch.compile the model")
+    compile: bool = option(False, "torch.compile the model", role="numerics")
 
     # The loop
     chrono: ChronoConfig = field(default_factory=ChronoConfig)
@@ -118,77 +159,25 @@ class Settings:
         return {name: getattr(self, name) for name in names} | {"vocab_size": vocab_size}
 
 
-@dataclass(frozen=True)
-class Key:
-    """One setting as users see it."""
-
-    name: str
-    default: Any
-    type: Any
-    metadata: typing.Mapping[str, Any]
-
-    @property
-    def optional(self) -> bool:
-        """None is a value of it."""
-        return isinstance(self.type, types.UnionType)
-
-    @property
-    def kind(self) -> type:
-        """bool, int, float or str."""
-        return typing.get_args(self.type)[0] if self.optional else self.type
-
-    def check(self, value: Any, where: str) -> Any:
-        """value in the key's type. Raises UserError if its type or range is wrong."""
-        if value is None and self.optional:
-            return None
-        kind = self.kind
-        is_number = (
-            isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST.get(kind, 0)
-        )
-        if kind is float and is_number:
-            value = float(value)
-        elif kind is int and is_number and value == int(value):
-            value = int(value)
-        elif kind in (int, float) or not isinstance(value, kind):
-            raise UserError(f"{where}: {self.name}={value!r} must be {self.expected()}")
-        m = self.metadata
-        if (
-            (m["choices"] is not None and value not in m["choices"])
-            or (m["least"] is not None and not value >= m["least"])
-            or (m["above"] is not None and not value > m["above"])
-            or (m["most"] is not None and not value <= m["most"])
-            or (m["below"] is not None and not value < m["below"])
-        ):
-            near = difflib.get_close_matches(str(value), m["choices"] or (), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise UserError(f"{where}: {self.name}={value!r} must be {self.expected()}{hint}")
-        return value
-
-    def expected(self) -> str:
-        """What the key takes, in words."""
-        m = self.metadata
-        if m["choices"] is not None:
-            return "one of " + ", ".join(repr(c) for c in m["choices"])
-        words = {bool: "True or False", int: "a whole number", float: "a number", str: "a string"}[self.kind]
-        bounds = [("least", "at least"), ("above", "above"), ("most", "at most"), ("below", "below")]
-        limits = " and ".join(f"{word} {m[name]}" for name, word in bounds if m[name] is not None)
-        none = " or None" if self.optional else ""
-        return f"{words} {limits}".rstrip() + none
-
-
-def keys() -> dict[str, Key]:
+def keys() -> dict[str, Option]:
     """Every key of train.py by name, in the order of --help."""
-    return keys_of(Settings) | keys_of(ChronoConfig, PREFIX)
+    return dict(options_of(Settings)) | dict(options_of(ChronoConfig, PREFIX))
 
 
-def keys_of(owner: type, prefix: str = "") -> dict[str, Key]:
-    """The keys that a dataclass of options makes, by name."""
-    hints = typing.get_type_hints(owner)
-    fields = [f for f in dataclasses.fields(owner) if f.name != "chrono"]
-    return {prefix + f.name: Key(prefix + f.name, f.default, hints[f.name], f.metadata) for f in fields}
+def names_with_role(*roles: str) -> tuple[str, ...]:
+    """The keys whose change changes what `roles` say."""
+    return tuple(name for name, key in keys().items() if key.role in roles)
 
 
-def help_text(known: dict[str, Key] | None = None, usage: str = USAGE) -> str:
+def check(key: Option, value: Any, where: str) -> Any:
+    """The value in the key's type. Raises UserError, which says `where`, if its type or range is wrong."""
+    try:
+        return key.check(value)
+    except ValueError as e:
+        raise UserError(f"{where}: {e}") from None
+
+
+def help_text(known: dict[str, Option] | None = None, usage: str = USAGE) -> str:
     """What `--help` prints. known: the keys, by default train.py's; so in the functions below."""
     lines = [usage, "", "Config files are Python: assignments to these keys. Later files and --key=value win.", ""]
     for key in (known or keys()).values():
@@ -203,7 +192,7 @@ def from_arguments(arguments: list[str]) -> Settings:
     return from_values(given(arguments))
 
 
-def given(arguments: list[str], known: dict[str, Key] | None = None) -> dict[str, Any]:
+def given(arguments: list[str], known: dict[str, Option] | None = None) -> dict[str, Any]:
     """The keys that the command line and its config files set. Raises UserError for a wrong key, type or value."""
     values: dict[str, Any] = {}
     overrides: dict[str, Any] = {}
@@ -216,7 +205,12 @@ def given(arguments: list[str], known: dict[str, Key] | None = None) -> dict[str
         if not argument.startswith("--") or not equals:
             raise UserError(f"{argument}: write settings as --key=value")
         key = known.get(name) or unknown(name, argument, known)
-        overrides[name] = key.check(parse_value(key, text), "command line")
+        overrides[name] = check(key, parse_value(key, text), "command line")
+    arm = overrides.get("arm", values.get("arm"))
+    for name, value in ARMS.get(arm, {}).items():
+        if overrides.get(name, value) != value:
+            raise UserError(f"command line: {name}={overrides[name]!r}, but arm={arm!r} means {name}={value!r}")
+        overrides[name] = value
     return values | overrides
 
 
@@ -227,8 +221,6 @@ def from_values(values: dict[str, Any]) -> Settings:
     # checked here, so that the message has the keys that users write
     for step, needed in missing_steps(types.SimpleNamespace(**(_defaults(ChronoConfig) | steps))):
         raise UserError(f"{PREFIX}{step}=True needs {PREFIX}{needed}=True")
-    if steps.get("bridge_signal") == "overlap":
-        steps = {"bridge_threshold": OVERLAP_THRESHOLD} | steps
     settings = Settings(**rest, chrono=ChronoConfig(**steps))
     if settings.chrono.steps_on() and settings.n_exp == 1:
         raise UserError(
@@ -238,10 +230,16 @@ def from_values(values: dict[str, Any]) -> Settings:
         GPTConfig(**settings.model_args(vocab_size=1))
     except ValueError as e:
         raise UserError(str(e)) from None
+    wrong = contradiction(settings.arm, settings.flat())
+    if wrong is not None:
+        raise UserError(
+            f"{wrong}={settings.flat()[wrong]!r}, but arm={settings.arm!r} means {wrong}={ARMS[settings.arm][wrong]!r}"
+        )
+    settings.arm = settings.arm or arm_of(settings.flat())
     return settings
 
 
-def read_config_file(path: str, known: dict[str, Key] | None = None) -> dict[str, Any]:
+def read_config_file(path: str, known: dict[str, Option] | None = None) -> dict[str, Any]:
     """The keys that a config file sets. It is Python and is executed; names that start with _ are its own."""
     try:
         source = read_text(Path(path)).removeprefix("\ufeff")
@@ -264,11 +262,11 @@ def read_config_file(path: str, known: dict[str, Key] | None = None) -> dict[str
         if name.startswith("_") or (name not in known and not isinstance(value, ours)):
             continue  # imports, functions and the file's own names
         key = known.get(name) or unknown(name, path, known)
-        values[name] = key.check(value, path)
+        values[name] = check(key, value, path)
     return values
 
 
-def parse_value(key: Key, text: str) -> Any:
+def parse_value(key: Option, text: str) -> Any:
     """The value of --key=text: text itself for a string key, else a Python literal."""
     if key.type is str:
         return text
@@ -278,7 +276,7 @@ def parse_value(key: Key, text: str) -> Any:
         return text
 
 
-def unknown(name: str, where: str, known: dict[str, Key]) -> typing.NoReturn:
+def unknown(name: str, where: str, known: dict[str, Option]) -> typing.NoReturn:
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]}?" if near else "--help lists them"
     if name in keys():

@@ -13,9 +13,11 @@ from torch import Tensor
 from model import GPT, GPTConfig, MLPExperts
 from trainer import checkpoint as checkpoints
 from trainer.errors import UserError, first_line
+from trainer.settings import names_with_role
 
 HUB = "huggingface.co"
 GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+SHAPE = names_with_role("model")
 BY_NAME = ("scratch", "resume", "auto", *GPT2)
 
 
@@ -60,7 +62,7 @@ def _gpt2(source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "network save them elsewhere with transformers' save_pretrained and give the folder as init_from"
         ) from None
     weights = {n: v for n, v in model.state_dict().items() if not n.startswith("router_state.")}
-    return weights, {n: v for n, v in vars(model.config).items() if n in ("vocab_size", *checkpoints.SHAPE)}
+    return weights, {n: v for n, v in vars(model.config).items() if n in ("vocab_size", *SHAPE)}
 
 
 def _reachable(host: str) -> bool:

@@ -1,0 +1,130 @@
+"""Settings that carry their own description: type, default, range, meaning, and what a change of them changes."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+LARGEST = {int: 2**63, float: 1e300}  # upper limits of settings; also rejects NaN
+BOUNDS = {"least": "at least", "above": "above", "most": "at most", "below": "below"}
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    role: str = "computed",
+    needs: str | None = None,
+    choices: tuple | None = None,
+    above: float | None = None,
+    least: float | None = None,
+    below: float | None = None,
+    most: float | None = None,
+) -> Any:
+    """A dataclass field that documents itself and knows its range.
+
+    role: what a change of the value changes; by default what is computed. `needs`: name of the field without which the
+    value has no effect. `above` and `below` are exclusive bounds, `least` and `most` inclusive ones.
+    """
+    limits = {"choices": choices, "above": above, "least": least, "below": below, "most": most}
+    return dataclasses.field(default=default, metadata={"help": help, "role": role, "needs": needs, **limits})
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One field that was declared with `option`."""
+
+    name: str
+    default: Any
+    type: Any
+    metadata: Mapping[str, Any]
+
+    @property
+    def optional(self) -> bool:
+        """Whether None is allowed."""
+        return isinstance(self.type, types.UnionType)
+
+    @property
+    def kind(self) -> type:
+        """bool, int, float or str."""
+        return typing.get_args(self.type)[0] if self.optional else self.type
+
+    @property
+    def role(self) -> str:
+        return self.metadata["role"]
+
+    @property
+    def needs(self) -> str | None:
+        return self.metadata["needs"]
+
+    def check(self, value: Any) -> Any:
+        """The value in the option's type. Raises ValueError if its type or range is wrong."""
+        if value is None and self.optional:
+            return None
+        kind, m = self.kind, self.metadata
+        is_number = (
+            isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST.get(kind, 0)
+        )
+        if kind is float and is_number:
+            value = float(value)
+        elif kind is int and is_number and value == int(value):
+            value = int(value)
+        elif kind in (int, float) or not isinstance(value, kind):
+            raise ValueError(f"{self.name}={value!r} must be {self.expected()}")
+        if (
+            (m["choices"] is not None and value not in m["choices"])
+            or (m["least"] is not None and not value >= m["least"])
+            or (m["above"] is not None and not value > m["above"])
+            or (m["most"] is not None and not value <= m["most"])
+            or (m["below"] is not None and not value < m["below"])
+        ):
+            near = difflib.get_close_matches(str(value), m["choices"] or (), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{self.name}={value!r} must be {self.expected()}{hint}")
+        return value
+
+    def expected(self) -> str:
+        """The allowed values, in words."""
+        m = self.metadata
+        if m["choices"] is not None:
+            return "one of " + ", ".join(repr(c) for c in m["choices"])
+        words = {bool: "True or False", int: "a whole number", float: "a number", str: "a string"}[self.kind]
+        limits = " and ".join(f"{word} {m[name]}" for name, word in BOUNDS.items() if m[name] is not None)
+        none = " or None" if self.optional else ""
+        return f"{words} {limits}".rstrip() + none
+
+
+@functools.cache
+def options_of(owner: type, prefix: str = "") -> Mapping[str, Option]:
+    """The options of a dataclass by name, in the order of declaration. `prefix` is put before each name."""
+    hints = typing.get_type_hints(owner)
+    declared = [f for f in dataclasses.fields(owner) if "help" in f.metadata]
+    found = {}
+    for f in declared:
+        needs = f.metadata["needs"]
+        metadata = {**f.metadata, "needs": prefix + needs if needs else None}
+        found[prefix + f.name] = Option(prefix + f.name, f.default, hints[f.name], types.MappingProxyType(metadata))
+    return types.MappingProxyType(found)
+
+
+def check_options(instance: Any) -> None:
+    """Raises ValueError for the first field of a dataclass whose value has a wrong type or is out of range."""
+    for name, declared in options_of(type(instance)).items():
+        declared.check(getattr(instance, name))
+
+
+def is_active(name: str, values: Mapping[str, Any], declared: Mapping[str, Option]) -> bool:
+    """Whether the value of an option has an effect: what it needs, and what that needs in turn, is on."""
+    needed = declared[name].needs if name in declared else None
+    return needed is None or (bool(values.get(needed)) and is_active(needed, values, declared))
+
+
+def same_option(owner: type, name: str, default: Any = dataclasses.MISSING) -> Any:
+    """The option `name` of the dataclass `owner` as a field of another dataclass, by default with the same default."""
+    f = next(f for f in dataclasses.fields(owner) if f.name == name)
+    return dataclasses.field(default=f.default if default is dataclasses.MISSING else default, metadata=f.metadata)

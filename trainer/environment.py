@@ -1,0 +1,66 @@
+"""What the numbers of a run depend on besides its settings, as config.json records it."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+CODE = ("*.py", "chronomoe/*.py", "trainer/*.py")  # what a training run executes
+
+
+# Keys of config.json beside the settings, with their roles: those of trainer/settings.py, and 'code', in which the runs
+# of a pair must agree, and 'record', which says what happened and is not compared.
+ENVIRONMENT = {
+    "data_sha256": "computed",  # of the token files, by name
+    "weights_sha256": "computed",  # of the weights that the run started from; None: from scratch
+    "matmul_precision": "numerics",  # torch.get_float32_matmul_precision()
+    "code_sha256": "code",  # of the files that a training run executes
+    "ranks": "machine",
+    "threads": "machine",  # per rank
+    "python": "machine",
+    "torch": "machine",
+    "platform": "machine",
+    "git_commit": "machine",
+    "weights_from": "record",  # what init_from named
+    "incomplete": "record",  # what is missing from the logs, in words
+    "history": "record",  # the starts of the program that made the run
+}
+
+
+def surroundings() -> dict[str, Any]:
+    """Versions, threads and code of this process, by their names in config.json."""
+    return {
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "git_commit": git_commit(),
+        "code_sha256": code_sha256(),
+    }
+
+
+def git_commit() -> str | None:
+    """The commit of this checkout, with '-dirty' if files differ from it; None outside git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+@functools.cache
+def code_sha256() -> str:
+    """Digest of the names and contents of the files that a training run executes."""
+    sha256 = hashlib.sha256()
+    for path in sorted(path for pattern in CODE for path in ROOT.glob(pattern)):
+        content = path.read_bytes()
+        sha256.update(f"{path.relative_to(ROOT).as_posix()} {len(content)}\n".encode() + content)
+    return sha256.hexdigest()
