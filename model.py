@@ -263,7 +263,7 @@ class MOELayer(nn.Module):
         factor = c.train_capacity if self.training else c.eval_capacity
         if factor is None:
             return None
-        slots = math.floor(c.top_k * factor * num_tokens / c.n_exp)
+        slots = math.floor(self.router.top_k * factor * num_tokens / c.n_exp)
         return max(slots + slots % 2, c.min_capacity)
 
 

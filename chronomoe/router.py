@@ -137,7 +137,7 @@ class ChronoRouter(nn.Module):
                 logits = logits + scale * torch.randn_like(scale)
         return widened(logits)
 
-    def forward(self, x: Tensor, bias: RouterBias | None = None, top_k: int | None = None) -> Routing:
+    def forward(self, x: Tensor, bias: RouterBias | None = None) -> Routing:
         """Route hidden states x [N, D]."""
         z_clean = self.clean_logits(x)
         z_biased, relevance = z_clean, None
@@ -146,7 +146,7 @@ class ChronoRouter(nn.Module):
             relevance = self._relevance(z_clean, bias)
             z_biased = z_clean + relevance * bias.beta_eff
 
-        chosen, experts = z_biased.topk(top_k or self.top_k, dim=-1)
+        chosen, experts = z_biased.topk(self.top_k, dim=-1)
         if bias is not None and self.config.gates == "clean":
             chosen = z_clean.gather(-1, experts)
         gates = chosen.softmax(-1)

@@ -48,6 +48,18 @@ def test_gather_backward_is_right():
     assert torch.autograd.gradcheck(lambda x, g: from_experts(to_experts(x, plan) ** 2, g, plan), (x, gates))
 
 
+def test_capacity_follows_the_top_k_that_the_router_uses():
+    """comparison/probe.py evaluates at other top_k: a capacity of the configured one would drop most slots."""
+    moe = layer(torch.float32, n_exp=8, eval_capacity=1.25, min_capacity=1).eval()
+    x = torch.randn(2, 32, 16)
+    for top_k, slots in ((1, 10), (2, 20), (8, 80)):
+        moe.router.top_k = top_k
+        assert moe.capacity(64) == slots
+        routing, kept, _ = moe(x, None, False)[1]
+        assert routing.chosen.sum() == 64 * top_k
+    assert torch.equal(kept, routing.chosen)  # every expert gets each of the 64 tokens, and has room for 80
+
+
 def test_slots_are_sorted_by_expert_first_choices_first():
     experts = torch.randint(7, (40, 3))
     plan = plan_dispatch(experts, 7, capacity=5)
