@@ -62,6 +62,7 @@ class GPTConfig:
     use_switch_tfm_init: bool = False
     switch_tfm_init_scale: float = 1.0
     router_use_full_prec: bool = False
+    norm_topk_prob: bool = True
 
     chrono: ChronoConfig = field(default_factory=ChronoConfig)
 
@@ -240,6 +241,7 @@ class MOELayer(nn.Module):
             config.n_exp,
             config.top_k,
             config.chrono,
+            norm_topk_prob=config.norm_topk_prob,
             noisy=config.use_noisy_top_k,
             full_precision=config.router_use_full_prec,
         )

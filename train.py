@@ -392,6 +392,11 @@ def introduction(s: Settings, model: GPT, data: TokenData, device: torch.device,
         + f"{torch.get_num_threads()} threads; writes to {s.out_dir}",
         f"loop: {steps_on}" + (f"; beta follows {s.chrono.signal}" if s.chrono.beta else ""),
     ]
+    if c.n_exp > 1 and c.top_k == 1 and c.norm_topk_prob:
+        lines.append(
+            "router: with top_k=1 and norm_topk_prob=True every gate is 1 and the cross-entropy does not train the "
+            "router; set norm_topk_prob=False"
+        )
     if s.chrono.router:
         lines.append(reach_line(s.chrono))
     if device.type == "cuda" and peak(device, s.dtype) is None:

@@ -4,8 +4,8 @@
     beta_eff = clamp(beta_coeff, -k_max, k_max) * logit_std     [E]
     z_biased = z_clean + r * beta_eff                           [N, E]
 
-Tokens go to the top K of z_biased, weighed by the softmax over those K. beta_coeff, logit_std and r are read here and
-written by ChronoLoop only, after the optimizer step.
+Tokens go to the top K of z_biased, weighed by the softmax over those K or over all E. beta_coeff, logit_std and r are
+read here and written by ChronoLoop only, after the optimizer step.
 
 Shapes: L MoE layers, E experts, N tokens, K top_k, D model width.
 """
@@ -82,7 +82,7 @@ class Routing(NamedTuple):
     """Where N tokens go."""
 
     experts: Tensor  # [N, K] int64, by falling biased logit
-    gates: Tensor  # [N, K] float32, each row sums to 1
+    gates: Tensor  # [N, K] float32; each row sums to 1, or to at most 1 with norm_topk_prob=False
     z_clean: Tensor  # [N, E]
     z_biased: Tensor  # [N, E]
     chosen: Tensor  # [E] slots that chose the expert
@@ -100,6 +100,8 @@ class ChronoRouter(nn.Module):
         num_experts: E.
         top_k: experts a token, 1 to E.
         config: the loop's settings; the router reads `router`, `gates` and the bridge's.
+        norm_topk_prob: gates are the softmax over the chosen K; False: over all E, taken at the chosen. With top_k=1
+            and True every gate is exactly 1, so W_g gets no gradient through the gates.
         noisy: learnt noise on the logits while training (https://arxiv.org/abs/1701.06538, eq. 4).
         full_precision: compute the logits in float32 under autocast (https://arxiv.org/abs/2101.03961, section 2.4).
 
@@ -113,6 +115,7 @@ class ChronoRouter(nn.Module):
         top_k: int = 2,
         config: ChronoConfig = ChronoConfig(),
         *,
+        norm_topk_prob: bool = True,
         noisy: bool = False,
         full_precision: bool = False,
     ):
@@ -122,6 +125,7 @@ class ChronoRouter(nn.Module):
         self.num_experts = num_experts
         self.top_k = top_k
         self.config = config
+        self.norm_topk_prob = norm_topk_prob
         self.full_precision = full_precision
         self.w_g = nn.Linear(d_model, num_experts, bias=False)
         self.w_noise = nn.Linear(d_model, num_experts, bias=False) if noisy else None
@@ -148,8 +152,9 @@ class ChronoRouter(nn.Module):
 
         chosen, experts = z_biased.topk(self.top_k, dim=-1)
         if bias is not None and self.config.gates == "clean":
-            chosen = z_clean.gather(-1, experts)
-        gates = chosen.softmax(-1)
+            gates = self.gates_of(z_clean.gather(-1, experts), z_clean)
+        else:
+            gates = self.gates_of(chosen, z_biased)
 
         # Switch Transformer, https://arxiv.org/abs/2101.03961 eq. 4 to 6, on the gates and the choice that are used.
         gate_of_expert = torch.zeros_like(z_clean).scatter(-1, experts, gates)
@@ -158,6 +163,12 @@ class ChronoRouter(nn.Module):
         # ST-MoE, https://arxiv.org/abs/2202.08906 eq. 5.
         router_z_loss = z_clean.logsumexp(-1).square().mean()
         return Routing(experts, gates, z_clean, z_biased, chose, aux_loss, router_z_loss, bias, relevance)
+
+    def gates_of(self, chosen: Tensor, logits: Tensor) -> Tensor:
+        """Gates [N, K] of experts with logits `chosen` [N, K] among all experts' `logits` [N, E]."""
+        if self.norm_topk_prob:
+            return chosen.softmax(-1)
+        return (chosen - logits.logsumexp(-1, keepdim=True)).exp()
 
     @torch.no_grad()
     def _relevance(self, z_clean: Tensor, bias: RouterBias) -> Tensor:

@@ -17,6 +17,7 @@ from chronomoe import (
 )
 from chronomoe.bridge import bias_needed, reach
 from chronomoe.dispatch import plan_dispatch
+from comparison.probe import gate_mass_moved
 from model import GPTConfig, MOELayer
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
@@ -140,6 +141,40 @@ def test_clean_gates_weigh_the_biased_choice_by_clean_logits():
     routing = router(x, bias)
     assert torch.equal(routing.experts, (routing.z_clean + bias.beta_eff).topk(2).indices)
     torch.testing.assert_close(routing.gates, routing.z_clean.gather(-1, routing.experts).softmax(-1))
+
+
+@pytest.mark.parametrize("gates", ["biased", "clean"])
+@pytest.mark.parametrize("top_k", [1, 2, 8])
+def test_gates_not_normalised_over_the_top_k_are_the_full_softmax_at_the_chosen(top_k, gates):
+    config = ChronoConfig(router=True, gates=gates)
+    router = ChronoRouter(16, 8, top_k, config, norm_topk_prob=False)
+    routing = router(3 * torch.randn(50, 16), RouterBias(2 * torch.randn(8), torch.ones(())))
+    weighed_by = routing.z_clean if gates == "clean" else routing.z_biased
+    assert torch.equal(routing.experts, routing.z_biased.topk(top_k).indices)
+    torch.testing.assert_close(routing.gates, weighed_by.softmax(-1).gather(-1, routing.experts))
+    assert top_k == 8 or (routing.gates.sum(-1) < 1).all()
+
+
+@pytest.mark.parametrize("gates", ["biased", "clean"])
+@pytest.mark.parametrize("norm", [True, False])
+def test_with_one_expert_per_token_the_cross_entropy_trains_the_router_only_by_unnormalised_gates(norm, gates):
+    model, _ = build(chrono(gates=gates), top_k=1, norm_topk_prob=norm, use_aux_loss=False, use_router_z_loss=False)
+    draw_beta(model)
+    model(*tokens(0))[1].backward()
+    for block in model.config.moe_blocks:
+        gradient = model.transformer.h[block].mlp.router.w_g.weight.grad
+        assert (gradient == 0).all() if norm else (gradient.abs().amax(1) > 0).any()
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_the_probes_gate_mass_follows_the_routers_gates(norm):
+    router = ChronoRouter(16, 8, 3, ChronoConfig(router=True), norm_topk_prob=norm)
+    x = 2 * torch.randn(40, 16)
+    biased, clean = (router(x, RouterBias(bias, torch.ones(()))) for bias in (2 * torch.randn(8), torch.zeros(8)))
+    used, without = ([dict(zip(e, g)) for e, g in zip(r.experts.tolist(), r.gates.tolist())] for r in (biased, clean))
+    moved = sum(max(0.0, u.get(e, 0.0) - w.get(e, 0.0)) for u, w in zip(used, without) for e in range(8)) / 40
+    assert moved > 0.1
+    assert gate_mass_moved(router, biased).item() == pytest.approx(moved, rel=1e-5)
 
 
 def test_router_noise_is_in_training_only():

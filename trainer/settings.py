@@ -69,6 +69,11 @@ class Settings:
     # Mixture of experts
     n_exp: int = option(1, "experts in a MoE layer; 1 is a dense model", least=1)
     top_k: int = option(2, "experts a token", least=1)
+    norm_topk_prob: bool = option(
+        True,
+        "gates are the softmax over the top_k chosen experts; False: over all experts, without which top_k=1 trains no "
+        "router",
+    )
     use_aux_loss: bool = option(False, "add Switch Transformer's load-balancing loss")
     use_router_z_loss: bool = option(False, "add ST-MoE's router z-loss")
     use_noisy_top_k: bool = option(False, "learnt noise on the routing logits while training")
