@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from chronomoe.autograd import refuse_second_derivatives
 from chronomoe.config import ChronoConfig
 from chronomoe.dispatch import (
     Dispatch,
@@ -178,6 +179,7 @@ class _ExpertLoop(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        refuse_second_derivatives()
         rows, c_fc, c_proj, *saved = ctx.saved_tensors
         hidden, active = saved[: len(c_fc)], saved[len(c_fc) :]
         grad_rows, grad_fc, grad_proj = [], torch.empty_like(c_fc), torch.empty_like(c_proj)

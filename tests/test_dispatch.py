@@ -45,7 +45,20 @@ def test_gather_backward_is_right():
     x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
     gates = torch.rand(6, 2, dtype=torch.float64, requires_grad=True)
     plan = plan_dispatch(torch.tensor([[0, 1], [2, 0], [1, 2], [2, 1], [0, 2], [1, 0]]), 4)
-    assert torch.autograd.gradcheck(lambda x, g: from_experts(to_experts(x, plan) ** 2, g, plan), (x, gates))
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(lambda x, g: from_experts(to_experts(x, plan) ** 2, g, plan), (x, gates))
+
+
+@pytest.mark.parametrize("trained", [["c_fc"], ["fc_bias"], ["c_fc", "c_proj", "fc_bias", "proj_bias"]])
+def test_second_derivatives_of_the_loop_over_experts_are_refused(trained):
+    """Its backward takes the hidden rows as constants, so they would be wrong."""
+    experts = layer().experts
+    for name, p in experts.named_parameters():
+        p.requires_grad_(name in trained)
+    plan = plan_dispatch(torch.randint(5, (9, 2)), 5)
+    y = experts(torch.randn(18, 16, dtype=torch.float64), plan, None)[0]
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(y.sum(), getattr(experts, trained[0]), create_graph=True)
 
 
 def test_capacity_follows_the_top_k_that_the_router_uses():
