@@ -4,6 +4,8 @@
     beta_eff = clamp(beta_coeff, -k_max, k_max) * logit_std     [E]
     z_biased = z_clean + r * beta_eff                           [N, E]
 
+logit_std is measured on h W_g^T without the noise, because evaluation routes without it.
+
 Tokens go to the top K of z_biased, weighed by the softmax over those K or over all E. beta_coeff, logit_std and r are
 read here and written by ChronoLoop only, after the optimizer step.
 
@@ -35,9 +37,10 @@ class RouterBias(NamedTuple):
 class RouterState(StateModule):
     """beta and what scales it, for all L MoE layers.
 
-    Buffers: beta_coeff [L, E], scale-free; logit_std [L], the EMA of the standard deviation of z_clean over the experts
-    of a token (divisor E - 1), pooled over tokens, 1 until first observed; disagreement [L], of the last step at full
-    strength, and relevance [L], r, which follows from it; updates [], the number of observations of logit_std.
+    Buffers: beta_coeff [L, E], scale-free; logit_std [L], the EMA of the standard deviation of the noise-free logits
+    over the experts of a token (divisor E - 1), pooled over tokens, 1 until first observed; disagreement [L], of the
+    last step at full strength, and relevance [L], r, which follows from it; updates [], the number of observations of
+    logit_std.
     """
 
     def __init__(self, num_layers: int, num_experts: int, config: ChronoConfig):
@@ -83,7 +86,8 @@ class Routing(NamedTuple):
 
     experts: Tensor  # [N, K] int64, by falling biased logit
     gates: Tensor  # [N, K] float32; each row sums to 1, or to at most 1 with norm_topk_prob=False
-    z_clean: Tensor  # [N, E]
+    z_clean: Tensor  # [N, E], with the router's noise
+    noise_free: Tensor | None  # [N, E] z_clean without its noise; None: it has none
     z_biased: Tensor  # [N, E]
     chosen: Tensor  # [E] slots that chose the expert
     aux_loss: Tensor  # [], with a gradient
@@ -130,20 +134,23 @@ class ChronoRouter(nn.Module):
         self.w_g = nn.Linear(d_model, num_experts, bias=False)
         self.w_noise = nn.Linear(d_model, num_experts, bias=False) if noisy else None
 
-    def clean_logits(self, x: Tensor) -> Tensor:
-        """z_clean [N, E] in float32 (float64 for float64 input) from hidden states x [N, D]."""
+    def clean_logits(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """z_clean [N, E] from hidden states x [N, D], and the same without noise, or None if there is no noise.
+
+        In float32, or float64 for float64 input.
+        """
         exact = torch.autocast(x.device.type, enabled=False) if self.full_precision else nullcontext()
         with exact:
             x = x.to(self.w_g.weight.dtype) if self.full_precision else x
             logits = self.w_g(x)
             if self.w_noise is not None and self.training:
                 scale = F.softplus(self.w_noise(x))
-                logits = logits + scale * torch.randn_like(scale)
-        return widened(logits)
+                return widened(logits + scale * torch.randn_like(scale)), widened(logits)
+        return widened(logits), None
 
     def forward(self, x: Tensor, bias: RouterBias | None = None) -> Routing:
         """Route hidden states x [N, D]."""
-        z_clean = self.clean_logits(x)
+        z_clean, noise_free = self.clean_logits(x)
         z_biased, relevance = z_clean, None
         if bias is not None:
             # The bias is state: constant to autograd, and added in at least float32.
@@ -162,7 +169,7 @@ class ChronoRouter(nn.Module):
         aux_loss = self.num_experts * (gate_of_expert.mean(0) * (chose / len(x))).sum()
         # ST-MoE, https://arxiv.org/abs/2202.08906 eq. 5.
         router_z_loss = z_clean.logsumexp(-1).square().mean()
-        return Routing(experts, gates, z_clean, z_biased, chose, aux_loss, router_z_loss, bias, relevance)
+        return Routing(experts, gates, z_clean, noise_free, z_biased, chose, aux_loss, router_z_loss, bias, relevance)
 
     def gates_of(self, chosen: Tensor, logits: Tensor) -> Tensor:
         """Gates [N, K] of experts with logits `chosen` [N, K] among all experts' `logits` [N, E]."""

@@ -67,7 +67,10 @@ def routing_sums(routings: Sequence[Routing], config: ChronoConfig, logged: bool
 def _sums_of_bias(routings: Sequence[Routing], config: ChronoConfig, logged: bool) -> dict[str, Tensor]:
     z_clean = torch.stack([routing.z_clean for routing in routings])  # [L, N, E]
     z = z_clean.transpose(1, 2).contiguous()  # [L, E, N]
-    centred = z - z.mean(-2, keepdim=True)
+    noise_free = z
+    if routings[0].noise_free is not None:
+        noise_free = torch.stack([routing.noise_free for routing in routings]).transpose(1, 2).contiguous()
+    centred = noise_free - noise_free.mean(-2, keepdim=True)
     sums = {"logit_var": centred.square().sum((-2, -1)) / (z.shape[-2] - 1)}
     if not (logged or config.bridge):
         return sums

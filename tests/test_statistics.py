@@ -67,7 +67,7 @@ def test_a_step_agrees_with_the_slow_version(dtype, rule, capacity, bias):
     for layer, block in enumerate(loop.layer_ids):
         moe = model.transformer.h[block].mlp
         with torch.no_grad():
-            z_clean = moe.router.clean_logits(inputs[layer])
+            z_clean, _ = moe.router.clean_logits(inputs[layer])
             routing = moe.router(inputs[layer], RouterBias(bias_used[layer], torch.ones((), dtype=dtype)))
         expected = reference.routing_statistics(z_clean, bias_used[layer], 2)
         assert expected["js"] > 0.01
@@ -186,6 +186,25 @@ def test_router_noise_is_in_training_only():
     torch.testing.assert_close(router(x).z_clean, router.w_g(x))
 
 
+def test_logit_std_is_that_of_the_logits_without_noise():
+    """beta_eff is in units of logit_std: with the noise in it, beta would act too strongly in evaluation."""
+    model, loop = build(chrono(), use_noisy_top_k=True)
+    for block in loop.layer_ids:
+        with torch.no_grad():
+            model.transformer.h[block].mlp.router.w_noise.weight.normal_()
+    first = model.transformer.h[0].mlp  # later layers get other hidden states from a first layer with noise
+    inputs, trace = layer_inputs(model, tokens(0))
+    loop.step(trace)
+    z = first.router.w_g(inputs[0]).detach()
+    expected = z.var(-1).mean().sqrt()
+    torch.testing.assert_close(model.router_state.logit_std[0], expected)
+    noisy = first.router(inputs[0]).z_clean.detach()
+    assert noisy.var(-1).mean().sqrt() > 1.2 * expected
+    model.eval()
+    assert first.router(inputs[0]).noise_free is None
+    torch.testing.assert_close(first.router(inputs[0]).z_clean, z)
+
+
 def test_relevance_falls_linearly_from_threshold_to_three_times_it():
     seen = torch.tensor([0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7])
     expected = torch.tensor([1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0])
@@ -216,7 +235,7 @@ def test_logit_std_ignores_a_shift_common_to_a_tokens_experts():
     for block in loop.layer_ids:
         router = model.transformer.h[block].mlp.router
         logits = router.clean_logits
-        router.clean_logits = lambda x, logits=logits: logits(x) + 5 * x[:, :1]
+        router.clean_logits = lambda x, logits=logits: (logits(x)[0] + 5 * x[:, :1], None)
     shifted = model(*tokens(0), return_trace=True)[2]
     torch.testing.assert_close(trace.logit_var[0], shifted.logit_var[0])
 

@@ -202,9 +202,9 @@ def starve(model, block, expert):
     logits = router.clean_logits
 
     def without(x):
-        z = logits(x).clone()
+        z = logits(x)[0].clone()
         z[:, expert] -= 100.0
-        return z
+        return z, None
 
     router.clean_logits = without
 
