@@ -33,6 +33,7 @@ from trainer.ranks import Ranks, environment, job, joined
 from trainer.runlog import NoLog, RunLog, surroundings
 from trainer.settings import Settings
 from trainer.signals import caught_signals
+from trainer.streams import DROPOUT_AND_NOISE, PERMUTATION, stream_seed
 
 MOST_SKIPPED = 10  # steps skipped in a row that end a run
 
@@ -104,7 +105,8 @@ def train(given: dict[str, Any], ranks: Ranks, caught: list[int], closing: conte
         start.weights = None
     guard = NonFiniteGuard(model)
     scaler = torch.amp.GradScaler(device.type, enabled=s.dtype == "float16")
-    torch.manual_seed(s.seed + ranks.rank)  # dropout and router noise draw from the global generator
+    # dropout and router noise draw from the global generator
+    torch.manual_seed(stream_seed(s.seed, DROPOUT_AND_NOISE, ranks.rank))
     step, best_val_loss, unfinished = 0, math.inf, {"step": 0}
     lines, wandb_id = {"metrics": 0, "decisions": 0}, None
     if saved:
@@ -299,7 +301,7 @@ def fit_vocabulary(s: Settings, data: TokenData, start: resume.Start) -> None:
 def build(s: Settings, data: TokenData, device: torch.device) -> tuple:
     """(model, optimizer, loop) on `device`, new from the seed."""
     model = GPT(GPTConfig(**s.model_args(data.vocab_size)), torch.Generator().manual_seed(s.seed)).to(device)
-    loop = ChronoLoop(model.router_state, model.config.moe_blocks, seed=s.seed)
+    loop = ChronoLoop(model.router_state, model.config.moe_blocks, seed=stream_seed(s.seed, PERMUTATION))
     optimizer = model.configure_optimizers(s.weight_decay, s.learning_rate, (s.beta1, s.beta2), device.type)
     return model, optimizer, loop
 
