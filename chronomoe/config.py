@@ -86,7 +86,7 @@ class ChronoConfig:
         "what an expert's output is compared with; 'leave_one_out' takes the expert's own share out",
         choices=("mixture", "leave_one_out"),
     )
-    window: int = option(1000, "steps without a token after which an expert counts as unobserved", least=1)
+    window: int = option(1000, "low_observability: steps without a token after which an expert is unobserved", least=1)
 
     bridge_signal: str = option("js", "disagreement that the bridge reads", choices=("js", "overlap"))
     bridge_threshold: float = option(
