@@ -414,6 +414,45 @@ def test_layers_taken_in_groups_give_the_same_statistics(monkeypatch):
         torch.testing.assert_close(value, getattr(grouped, name))
 
 
+def layers_of(config, noisy):
+    """The routings of a model's MoE layers for one batch of 256 tokens."""
+    model, loop = build(config, use_noisy_top_k=noisy)
+    draw_beta(model)
+    found = []
+    for block in loop.layer_ids:
+        model.transformer.h[block].mlp.router.register_forward_hook(lambda *args: found.append(args[-1]))
+    model(*tokens(0, batch=16))
+    return found
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+@pytest.mark.parametrize("scope", ["batch", "token"])
+def test_a_layer_over_the_bound_is_taken_in_slices_of_tokens(scope, noisy, monkeypatch):
+    config = chrono(bridge_scope=scope, bridge_threshold=0.01, k_max=2.0)
+    routings = layers_of(config, noisy)
+    whole = statistics.routing_sums(routings, config)
+    allowed = 8 * 30  # 30 of the 256 tokens: the last slice is shorter
+    monkeypatch.setattr(statistics, "LARGEST", allowed)
+    with Largest() as largest:
+        sliced = statistics.routing_sums(routings, config)
+    assert whole.keys() == sliced.keys() and whole["js"].shape == (2,)
+    for name, value in whole.items():
+        torch.testing.assert_close(sliced[name], value)
+    assert largest.entries == 2 * allowed  # of each of the two choices, whether an expert's logit is larger
+
+
+class Largest(TorchDispatchMode):
+    """Entries of the largest tensor that an operator returns; views of its arguments are not counted."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if torch.is_tensor(out) and not out._is_view():
+            self.entries = max(self.entries, out.numel())
+        return out
+
+
 def test_a_compiled_step_does_what_the_step_does():
     states = []
     for compiled in (False, True):
