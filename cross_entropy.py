@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from chronomoe.autograd import refuse_second_derivatives
+
 LARGEST = 1 << 25  # logits held at a time: 128 MB in float32
 IGNORED = -1  # a target that is left out
 
@@ -23,8 +25,9 @@ IGNORED = -1  # a target that is left out
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, largest: int = LARGEST) -> Tensor:
     """Mean cross-entropy in nats, [], of the logits x @ weight.T for x [N, D], weight [V, D] and targets [N].
 
-    Targets of -1 are left out; NaN if all are. Differentiable once, in x and weight. At most `largest` logits are held
-    at a time, and what fits into that goes through torch's own operators.
+    Targets of -1 are left out; NaN if all are. Any other target outside 0..V-1 raises IndexError or RuntimeError on a
+    CPU and fails a device-side assertion on CUDA. Differentiable once, in x and weight. At most `largest` logits are
+    held at a time, and what fits into that goes through torch's own operators.
     """
     if len(x) * len(weight) <= largest:
         return F.cross_entropy(F.linear(x, weight), targets, ignore_index=IGNORED)
@@ -41,7 +44,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             w = weight.to(dtype)
             counted = targets != IGNORED
-            places = targets.clamp_min(0).unsqueeze(-1)
+            places = targets.where(counted, 0).unsqueeze(-1)
             total = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
             dx = torch.empty_like(x) if with_grad else None
             dw = torch.empty_like(weight, dtype=total.dtype) if with_grad else None
@@ -73,6 +76,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        refuse_second_derivatives()
         dx, dw, count = ctx.saved_tensors
         factor = grad / count
         return (dx * factor).to(ctx.dtypes[0]), (dw * factor).to(ctx.dtypes[1]), None, None, None

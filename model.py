@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from chronomoe.autograd import refuse_second_derivatives
 from chronomoe.config import ChronoConfig
 from chronomoe.dispatch import (
     Dispatch,
@@ -64,6 +65,11 @@ class GPTConfig:
     use_switch_tfm_init: bool = option(False, "Switch Transformer's initial weights")
     switch_tfm_init_scale: float = option(1.0, "their scale", above=0, needs="use_switch_tfm_init")
     router_use_full_prec: bool = option(False, "routing logits without autocast (on CUDA float32 matmuls use TF32)")
+    norm_topk_prob: bool = option(
+        True,
+        "gates are the softmax over the top_k chosen experts; False: over all experts, without which top_k=1 trains no "
+        "router",
+    )
 
     chrono: ChronoConfig = field(default_factory=ChronoConfig)
 
@@ -180,6 +186,7 @@ class _ExpertLoop(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        refuse_second_derivatives()
         rows, c_fc, c_proj, *saved = ctx.saved_tensors
         hidden, active = saved[: len(c_fc)], saved[len(c_fc) :]
         grad_rows, grad_fc, grad_proj = [], torch.empty_like(c_fc), torch.empty_like(c_proj)
@@ -243,6 +250,7 @@ class MOELayer(nn.Module):
             config.n_exp,
             config.top_k,
             config.chrono,
+            norm_topk_prob=config.norm_topk_prob,
             noisy=config.use_noisy_top_k,
             full_precision=config.router_use_full_prec,
         )
@@ -266,7 +274,7 @@ class MOELayer(nn.Module):
         factor = c.train_capacity if self.training else c.eval_capacity
         if factor is None:
             return None
-        slots = math.floor(c.top_k * factor * num_tokens / c.n_exp)
+        slots = math.floor(self.router.top_k * factor * num_tokens / c.n_exp)
         return max(slots + slots % 2, c.min_capacity)
 
 

@@ -34,6 +34,7 @@ from trainer.ranks import Ranks, environment, job, joined
 from trainer.runlog import NoLog, RunLog
 from trainer.settings import Settings
 from trainer.signals import caught_signals
+from trainer.streams import DROPOUT_AND_NOISE, PERMUTATION, stream_seed
 
 MOST_SKIPPED = 10  # steps skipped in a row that end a run
 
@@ -105,7 +106,8 @@ def train(given: dict[str, Any], ranks: Ranks, caught: list[int], closing: conte
         start.weights = None
     guard = NonFiniteGuard(model)
     scaler = torch.amp.GradScaler(device.type, enabled=s.dtype == "float16")
-    torch.manual_seed(s.seed + ranks.rank)  # dropout and router noise draw from the global generator
+    # dropout and router noise draw from the global generator
+    torch.manual_seed(stream_seed(s.seed, DROPOUT_AND_NOISE, ranks.rank))
     step, best_val_loss, unfinished = 0, math.inf, {"step": 0}
     lines, wandb_id = {"metrics": 0, "decisions": 0}, None
     if saved:
@@ -300,7 +302,7 @@ def fit_vocabulary(s: Settings, data: TokenData, start: resume.Start) -> None:
 def build(s: Settings, data: TokenData, device: torch.device) -> tuple:
     """(model, optimizer, loop) on `device`, new from the seed."""
     model = GPT(GPTConfig(**s.model_args(data.vocab_size)), torch.Generator().manual_seed(s.seed)).to(device)
-    loop = ChronoLoop(model.router_state, model.config.moe_blocks, seed=s.seed)
+    loop = ChronoLoop(model.router_state, model.config.moe_blocks, seed=stream_seed(s.seed, PERMUTATION))
     optimizer = model.configure_optimizers(s.weight_decay, s.learning_rate, (s.beta1, s.beta2), device.type)
     return model, optimizer, loop
 
@@ -393,6 +395,11 @@ def introduction(s: Settings, model: GPT, data: TokenData, device: torch.device,
         + f"{torch.get_num_threads()} threads; writes to {s.out_dir}",
         f"loop: {steps_on}" + (f"; beta follows {s.chrono.signal}" if s.chrono.beta else ""),
     ]
+    if c.n_exp > 1 and c.top_k == 1 and c.norm_topk_prob:
+        lines.append(
+            "router: with top_k=1 and norm_topk_prob=True every gate is 1 and the cross-entropy does not train the "
+            "router; set norm_topk_prob=False"
+        )
     if s.chrono.router:
         lines.append(reach_line(s.chrono))
     if device.type == "cuda" and peak(device, s.dtype) is None:

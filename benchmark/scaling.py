@@ -60,8 +60,8 @@ FORMULAS: dict[str, Callable[[Sizes], int]] = {
     "layer: operators, experts grouped": lambda s: 82 + s.K,
     "statistics: operators": lambda s: 4 + 25 * groups(s) + 2 * (groups(s) > 1),
     "statistics: bytes read and written": lambda s: 4 * s.L * (46 * s.N * s.E + 6 * s.N + 4 * s.E * s.D),
-    "loop: operators": lambda s: 90,
-    "loop: bytes read and written": lambda s: 4 * s.L * (5 * s.E * s.D + 3 * s.D) + 602 * s.L * s.E + 168 * s.L + 126,
+    "loop: operators": lambda s: 87,
+    "loop: bytes read and written": lambda s: 4 * s.L * (5 * s.E * s.D + 3 * s.D) + 574 * s.L * s.E + 168 * s.L + 126,
     "loop: bytes of state": lambda s: 60 * s.L * s.E + 12 * s.L + 16,
     "trace: bytes in the all-reduce": lambda s: 4 * (5 + s.L * (2 * s.E * s.D + 2 * s.E + 2)),
 }

@@ -1,6 +1,9 @@
 """Step 3: coherence moves beta.
 
-    beta_coeff += eta * (phi_slow - tau)     for observed experts, then clamped to -k_max..k_max
+    beta_coeff += eta * (phi_slow - tau)     for experts whose phi moved in this step, then clamped to -k_max..k_max
+
+The plan moves beta every 100 steps by what was observed since about the last time. Here beta drifts every step, so the
+evidence must be of that step: without new tokens phi is frozen, and its drift would go on to the clamp.
 
 A promotion prior: coherent experts are chosen more often. Softmax ignores a shift common to a layer's experts, so only
 the differences route; `center` subtracts the layer's mean drift, and then tau cancels.
@@ -23,19 +26,19 @@ def update_beta(
     follows: Tensor | None = None,
     phi_slow: Tensor | None = None,
 ) -> None:
-    """One step of beta from phi_slow; where `ok` [] bool is False nothing changes.
+    """One step of beta from phi_slow for the experts updated in this step; where `ok` [] bool is False nothing changes.
 
     `follows` [L, E] int64 gives each expert the coherence of another one of its layer (signal 'shuffled').
     phi_slow [L, E] spares taking it from `coherence` again.
     """
     config = router_state.config
-    phi, observed = coherence.phi("slow") if phi_slow is None else phi_slow, coherence.observed()
+    phi, updated = coherence.phi("slow") if phi_slow is None else phi_slow, coherence.updated()
     if follows is not None:
-        phi, observed = phi.gather(-1, follows), observed.gather(-1, follows)
-    drift = config.eta * (phi - config.tau) * observed
+        phi, updated = phi.gather(-1, follows), updated.gather(-1, follows)
+    drift = config.eta * (phi - config.tau) * updated
     if config.center:
-        mean = drift.sum(-1, keepdim=True) / observed.sum(-1, keepdim=True).clamp_min(1)
-        drift = (drift - mean) * observed
+        mean = drift.sum(-1, keepdim=True) / updated.sum(-1, keepdim=True).clamp_min(1)
+        drift = (drift - mean) * updated
     _apply(router_state, drift, ok)
 
 

@@ -98,6 +98,10 @@ class CoherenceBuffer(StateModule):
         """[L, E] bool: the expert has had a token."""
         return self.update_count > 0
 
+    def updated(self) -> Tensor:
+        """[L, E] bool: the last step's tokens moved the expert's phi."""
+        return self.last_update_step == self.step
+
     def observed(self) -> Tensor:
         """[L, E] bool: the expert has had a token within the last `window` steps."""
         return self.ever_observed() & (self.step - self.last_update_step < self.config.window)

@@ -76,7 +76,11 @@ class ChronoConfig:
         needs="coherence",
     )
     window: int = option(
-        1000, "steps without a token after which an expert counts as unobserved", least=1, needs="coherence"
+        1000,
+        "low_observability: steps without a token after which an expert is unobserved",
+        least=1,
+        needs="coherence",
+        role="logging",
     )
 
     bridge_signal: str = option("js", "disagreement that the bridge reads", choices=("js", "overlap"), needs="bridge")

@@ -77,7 +77,10 @@ class _FromExperts(torch.autograd.Function):
         # in the gates' precision: a product of two bfloat16 numbers is exact in float32
         grad_gates = (grad_rows * rows.to(gates.dtype)).sum(-1).index_select(0, inverse).view(top_k, num_tokens).t()
         row_gates = gates.t().reshape(-1).index_select(0, order)
-        return grad_rows.mul_(row_gates.to(grad.dtype).unsqueeze(-1)), grad_gates, None, None
+        row_gates = row_gates.to(grad.dtype).unsqueeze(-1)
+        # in place to save a tensor of all rows; a second derivative needs grad_rows as it was
+        grad_rows = grad_rows * row_gates if torch.is_grad_enabled() else grad_rows.mul_(row_gates)
+        return grad_rows, grad_gates, None, None
 
 
 def to_experts(x: Tensor, plan: Dispatch) -> Tensor:

@@ -4,8 +4,10 @@
     beta_eff = clamp(beta_coeff, -k_max, k_max) * logit_std     [E]
     z_biased = z_clean + r * beta_eff                           [N, E]
 
-Tokens go to the top K of z_biased, weighed by the softmax over those K. beta_coeff, logit_std and r are read here and
-written by ChronoLoop only, after the optimizer step.
+logit_std is measured on h W_g^T without the noise, because evaluation routes without it.
+
+Tokens go to the top K of z_biased, weighed by the softmax over those K or over all E. beta_coeff, logit_std and r are
+read here and written by ChronoLoop only, after the optimizer step.
 
 Shapes: L MoE layers, E experts, N tokens, K top_k, D model width.
 """
@@ -35,9 +37,10 @@ class RouterBias(NamedTuple):
 class RouterState(StateModule):
     """beta and what scales it, for all L MoE layers.
 
-    Buffers: beta_coeff [L, E], scale-free; logit_std [L], the EMA of the standard deviation of z_clean over the experts
-    of a token (divisor E - 1), pooled over tokens, 1 until first observed; disagreement [L], of the last step at full
-    strength, and relevance [L], r, which follows from it; updates [], the number of observations of logit_std.
+    Buffers: beta_coeff [L, E], scale-free; logit_std [L], the EMA of the standard deviation of the noise-free logits
+    over the experts of a token (divisor E - 1), pooled over tokens, 1 until first observed; disagreement [L], of the
+    last step at full strength, and relevance [L], r, which follows from it; updates [], the number of observations of
+    logit_std.
     """
 
     def __init__(self, num_layers: int, num_experts: int, config: ChronoConfig):
@@ -82,8 +85,9 @@ class Routing(NamedTuple):
     """Where N tokens go."""
 
     experts: Tensor  # [N, K] int64, by falling biased logit
-    gates: Tensor  # [N, K] float32, each row sums to 1
-    z_clean: Tensor  # [N, E]
+    gates: Tensor  # [N, K] float32; each row sums to 1, or to at most 1 with norm_topk_prob=False
+    z_clean: Tensor  # [N, E], with the router's noise
+    noise_free: Tensor | None  # [N, E] z_clean without its noise; None: it has none
     z_biased: Tensor  # [N, E]
     chosen: Tensor  # [E] slots that chose the expert
     aux_loss: Tensor  # [], with a gradient
@@ -100,6 +104,8 @@ class ChronoRouter(nn.Module):
         num_experts: E.
         top_k: experts a token, 1 to E.
         config: the loop's settings; the router reads `router`, `gates` and the bridge's.
+        norm_topk_prob: gates are the softmax over the chosen K; False: over all E, taken at the chosen. With top_k=1
+            and True every gate is exactly 1, so W_g gets no gradient through the gates.
         noisy: learnt noise on the logits while training (https://arxiv.org/abs/1701.06538, eq. 4).
         full_precision: compute the logits in float32 under autocast (https://arxiv.org/abs/2101.03961, section 2.4).
 
@@ -113,6 +119,7 @@ class ChronoRouter(nn.Module):
         top_k: int = 2,
         config: ChronoConfig = ChronoConfig(),
         *,
+        norm_topk_prob: bool = True,
         noisy: bool = False,
         full_precision: bool = False,
     ):
@@ -122,34 +129,39 @@ class ChronoRouter(nn.Module):
         self.num_experts = num_experts
         self.top_k = top_k
         self.config = config
+        self.norm_topk_prob = norm_topk_prob
         self.full_precision = full_precision
         self.w_g = nn.Linear(d_model, num_experts, bias=False)
         self.w_noise = nn.Linear(d_model, num_experts, bias=False) if noisy else None
 
-    def clean_logits(self, x: Tensor) -> Tensor:
-        """z_clean [N, E] in float32 (float64 for float64 input) from hidden states x [N, D]."""
+    def clean_logits(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """z_clean [N, E] from hidden states x [N, D], and the same without noise, or None if there is no noise.
+
+        In float32, or float64 for float64 input.
+        """
         exact = torch.autocast(x.device.type, enabled=False) if self.full_precision else nullcontext()
         with exact:
             x = x.to(self.w_g.weight.dtype) if self.full_precision else x
             logits = self.w_g(x)
             if self.w_noise is not None and self.training:
                 scale = F.softplus(self.w_noise(x))
-                logits = logits + scale * torch.randn_like(scale)
-        return widened(logits)
+                return widened(logits + scale * torch.randn_like(scale)), widened(logits)
+        return widened(logits), None
 
-    def forward(self, x: Tensor, bias: RouterBias | None = None, top_k: int | None = None) -> Routing:
+    def forward(self, x: Tensor, bias: RouterBias | None = None) -> Routing:
         """Route hidden states x [N, D]."""
-        z_clean = self.clean_logits(x)
+        z_clean, noise_free = self.clean_logits(x)
         z_biased, relevance = z_clean, None
         if bias is not None:
             # The bias is state: constant to autograd, and added in at least float32.
             relevance = self._relevance(z_clean, bias)
             z_biased = z_clean + relevance * bias.beta_eff
 
-        chosen, experts = z_biased.topk(top_k or self.top_k, dim=-1)
+        chosen, experts = z_biased.topk(self.top_k, dim=-1)
         if bias is not None and self.config.gates == "clean":
-            chosen = z_clean.gather(-1, experts)
-        gates = chosen.softmax(-1)
+            gates = self.gates_of(z_clean.gather(-1, experts), z_clean)
+        else:
+            gates = self.gates_of(chosen, z_biased)
 
         # Switch Transformer, https://arxiv.org/abs/2101.03961 eq. 4 to 6, on the gates and the choice that are used.
         gate_of_expert = torch.zeros_like(z_clean).scatter(-1, experts, gates)
@@ -157,7 +169,13 @@ class ChronoRouter(nn.Module):
         aux_loss = self.num_experts * (gate_of_expert.mean(0) * (chose / len(x))).sum()
         # ST-MoE, https://arxiv.org/abs/2202.08906 eq. 5.
         router_z_loss = z_clean.logsumexp(-1).square().mean()
-        return Routing(experts, gates, z_clean, z_biased, chose, aux_loss, router_z_loss, bias, relevance)
+        return Routing(experts, gates, z_clean, noise_free, z_biased, chose, aux_loss, router_z_loss, bias, relevance)
+
+    def gates_of(self, chosen: Tensor, logits: Tensor) -> Tensor:
+        """Gates [N, K] of experts with logits `chosen` [N, K] among all experts' `logits` [N, E]."""
+        if self.norm_topk_prob:
+            return chosen.softmax(-1)
+        return (chosen - logits.logsumexp(-1, keepdim=True)).exp()
 
     @torch.no_grad()
     def _relevance(self, z_clean: Tensor, bias: RouterBias) -> Tensor:

@@ -19,7 +19,7 @@ from chronomoe.config import ChronoConfig
 from chronomoe.router import Routing
 from chronomoe.trace import MoETrace
 
-LARGEST = 1 << 22  # entries of [L, E, N] taken at a time: bounds memory to about 200 MB
+LARGEST = 1 << 22  # entries of [L, E, N] taken at a time: bounds memory to 180 MB for K = 2, 430 MB for K = 8
 
 
 @torch.no_grad()
@@ -60,14 +60,38 @@ def routing_sums(routings: Sequence[Routing], config: ChronoConfig, logged: bool
         return sums
     at_a_time = max(1, LARGEST // routings[0].z_clean.numel())
     groups = [routings[start : start + at_a_time] for start in range(0, len(routings), at_a_time)]
-    parts = [_sums_of_bias(group, config, logged) for group in groups]
+    parts = [_sums_of_group(group, config, logged) for group in groups]
     return sums | (parts[0] if len(parts) == 1 else {name: torch.cat([p[name] for p in parts]) for name in parts[0]})
+
+
+def _sums_of_group(routings: Sequence[Routing], config: ChronoConfig, logged: bool) -> dict[str, Tensor]:
+    """The sums of some layers, tokens in slices where one layer alone is over LARGEST."""
+    num_tokens, num_experts = routings[0].z_clean.shape
+    at_a_time = max(1, LARGEST // num_experts)
+    if num_tokens <= at_a_time:
+        return _sums_of_bias(routings, config, logged)
+    total: dict[str, Tensor] = {}
+    for start in range(0, num_tokens, at_a_time):
+        tokens = slice(start, start + at_a_time)
+        sums = _sums_of_bias([_at(routing, tokens) for routing in routings], config, logged)
+        total = {name: total[name] + value if total else value for name, value in sums.items()}
+    return total
+
+
+def _at(routing: Routing, tokens: slice) -> Routing:
+    """What a routing says of each of these tokens; its sums over tokens stay those of all."""
+    per_token = ("experts", "gates", "z_clean", "noise_free", "z_biased", "relevance")
+    values = {name: getattr(routing, name) for name in per_token}
+    return routing._replace(**{name: x[tokens] for name, x in values.items() if x is not None and x.dim() > 0})
 
 
 def _sums_of_bias(routings: Sequence[Routing], config: ChronoConfig, logged: bool) -> dict[str, Tensor]:
     z_clean = torch.stack([routing.z_clean for routing in routings])  # [L, N, E]
     z = z_clean.transpose(1, 2).contiguous()  # [L, E, N]
-    centred = z - z.mean(-2, keepdim=True)
+    noise_free = z
+    if routings[0].noise_free is not None:
+        noise_free = torch.stack([routing.noise_free for routing in routings]).transpose(1, 2).contiguous()
+    centred = noise_free - noise_free.mean(-2, keepdim=True)
     sums = {"logit_var": centred.square().sum((-2, -1)) / (z.shape[-2] - 1)}
     if not (logged or config.bridge):
         return sums

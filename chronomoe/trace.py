@@ -30,7 +30,7 @@ class MoETrace:
 
     # Step 1
     prob: Tensor | None = None  # [L, E] biased routing probability
-    logit_var: Tensor | None = None  # [L] variance of z_clean over the experts of a token, divisor E - 1
+    logit_var: Tensor | None = None  # [L] variance of h W_g^T over the experts of a token, divisor E - 1
     js: Tensor | None = None  # [L] JS divergence of clean and used routing, nats
     overlap: Tensor | None = None  # [L] probability mass moved by the used bias
     flip: Tensor | None = None  # [L] first expert changed

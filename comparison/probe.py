@@ -81,6 +81,6 @@ def _evaluate(model: GPT, data: TokenData, top_k: int, batches: int, batch_size:
 def gate_mass_moved(router: ChronoRouter, routing: Routing) -> Tensor:
     """Mean over tokens of the gate mass that clean routing would have given to other experts: [], 0 to 1."""
     clean, experts = routing.z_clean.topk(router.top_k, dim=-1)
-    without = torch.zeros_like(routing.z_clean).scatter(-1, experts, clean.softmax(-1))
+    without = torch.zeros_like(routing.z_clean).scatter(-1, experts, router.gates_of(clean, routing.z_clean))
     used = torch.zeros_like(routing.z_clean).scatter(-1, routing.experts, routing.gates)
     return (used - without).clamp_min(0).sum(-1).mean()

@@ -68,6 +68,24 @@ def test_logits_that_are_not_finite_give_a_loss_that_is_not_finite():
     assert linear_cross_entropy(x[:4], weight, torch.full((4,), -1), largest=V).isnan()
 
 
+@pytest.mark.parametrize("wrong", [-100, -2, V, V + 30])
+@pytest.mark.parametrize("with_grad", [True, False])
+@pytest.mark.parametrize("largest", [V * N, V * 8])
+def test_a_target_that_is_no_class_raises_in_chunks_as_with_whole_logits(largest, with_grad, wrong):
+    x, weight, targets = inputs(torch.float32)
+    targets[20] = wrong
+    with torch.set_grad_enabled(with_grad), pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        linear_cross_entropy(x, weight, targets, largest)
+
+
+def test_second_derivatives_are_refused_not_wrong():
+    x, weight, targets = inputs(torch.float64)
+    for loss_of in (lambda loss: loss, lambda loss: 3 * loss**2):  # the incoming gradient is a constant, or is not
+        loss = loss_of(linear_cross_entropy(x, weight, targets, largest=V * 8))
+        with pytest.raises(RuntimeError, match="differentiable once"):
+            torch.autograd.grad(loss + (x**3).sum(), x, create_graph=True)
+
+
 class Sizes(TorchDispatchMode):
     largest = 0
 

@@ -45,7 +45,32 @@ def test_gather_backward_is_right():
     x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
     gates = torch.rand(6, 2, dtype=torch.float64, requires_grad=True)
     plan = plan_dispatch(torch.tensor([[0, 1], [2, 0], [1, 2], [2, 1], [0, 2], [1, 0]]), 4)
-    assert torch.autograd.gradcheck(lambda x, g: from_experts(to_experts(x, plan) ** 2, g, plan), (x, gates))
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(lambda x, g: from_experts(to_experts(x, plan) ** 2, g, plan), (x, gates))
+
+
+@pytest.mark.parametrize("trained", [["c_fc"], ["fc_bias"], ["c_fc", "c_proj", "fc_bias", "proj_bias"]])
+def test_second_derivatives_of_the_loop_over_experts_are_refused(trained):
+    """Its backward takes the hidden rows as constants, so they would be wrong."""
+    experts = layer().experts
+    for name, p in experts.named_parameters():
+        p.requires_grad_(name in trained)
+    plan = plan_dispatch(torch.randint(5, (9, 2)), 5)
+    y = experts(torch.randn(18, 16, dtype=torch.float64), plan, None)[0]
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(y.sum(), getattr(experts, trained[0]), create_graph=True)
+
+
+def test_capacity_follows_the_top_k_that_the_router_uses():
+    """comparison/probe.py evaluates at other top_k: a capacity of the configured one would drop most slots."""
+    moe = layer(torch.float32, n_exp=8, eval_capacity=1.25, min_capacity=1).eval()
+    x = torch.randn(2, 32, 16)
+    for top_k, slots in ((1, 10), (2, 20), (8, 80)):
+        moe.router.top_k = top_k
+        assert moe.capacity(64) == slots
+        routing, kept, _ = moe(x, None, False)[1]
+        assert routing.chosen.sum() == 64 * top_k
+    assert torch.equal(kept, routing.chosen)  # every expert gets each of the 64 tokens, and has room for 80
 
 
 def test_slots_are_sorted_by_expert_first_choices_first():

@@ -100,19 +100,56 @@ def test_beta_falls_below_tau_rises_above_and_stops_at_the_clamp():
     assert loop.read()["beta/L0/spread"] == pytest.approx(0.24)
 
 
-def test_centring_takes_the_mean_drift_of_observed_experts_out():
-    loop = loop_of(eta=0.1, tau=0.9, center=True)
+def test_centring_takes_out_the_mean_drift_of_the_experts_that_move():
+    loop = loop_of(eta=0.1, tau=0.9, center=True, k_max=10.0)
     loop.step(trace([0.8, 0.2, 0.5], [5, 5, 0]))
     torch.testing.assert_close(loop.router_state.beta_coeff, torch.tensor([[0.03, -0.03, 0.0]]))
+    for _ in range(3):  # expert 1 still has its phi of 0.2
+        loop.step(trace([0.8, 0.2, 0.5], [5, 0, 5]))
+    torch.testing.assert_close(loop.router_state.beta_coeff, torch.tensor([[0.075, -0.03, -0.045]]))
+    loop.step(trace([0.8, 0.2, 0.5], [5, 0, 0]))  # one expert alone is its own mean
+    torch.testing.assert_close(loop.router_state.beta_coeff, torch.tensor([[0.075, -0.03, -0.045]]))
 
 
-def test_beta_stands_still_for_experts_outside_the_window():
-    loop = loop_of(eta=0.1, window=3, k_max=10.0)
-    loop.step(trace([0.9, 0.9, 0.9], [5, 5, 5]))
-    for _ in range(10):
-        loop.step(trace([0.9, 0.9, 0.9], [5, 0, 5]))
-    moved = loop.router_state.beta_coeff[0]
-    torch.testing.assert_close(moved, torch.tensor([0.04 * 11, 0.04 * 3, 0.04 * 11]))
+def test_beta_of_an_expert_moves_only_in_steps_that_give_it_tokens():
+    """Its phi is frozen in the others, and beta would follow it to the clamp."""
+    loop = loop_of(eta=0.1, tau=0.6, window=1000, k_max=10.0)
+    generator = torch.Generator().manual_seed(0)
+    expected = torch.zeros(3)
+    phi = torch.tensor([0.9, 0.2, 0.5])
+    for _ in range(30):
+        kept = torch.randint(2, (3,), generator=generator)
+        loop.step(trace(phi.tolist(), kept.tolist()))
+        expected += 0.1 * (phi - 0.6) * kept
+        torch.testing.assert_close(loop.router_state.beta_coeff[0], expected)
+    before = loop.router_state.beta_coeff.clone()
+    for _ in range(50):
+        loop.step(trace(phi.tolist(), [5, 0, 0]))
+    assert torch.equal(loop.router_state.beta_coeff[0, 1:], before[0, 1:])
+    assert loop.coherence.observed().all()  # the window is that of the lifecycle
+
+
+def test_a_shuffled_beta_moves_where_the_expert_that_it_follows_got_tokens():
+    loop = loop_of(signal="shuffled", eta=0.1, tau=0.0, k_max=10.0)
+    phi = torch.tensor([0.8, 0.2, -0.3])
+    loop.step(trace(phi.tolist(), [5, 5, 5]))
+    before = loop.router_state.beta_coeff[0].clone()
+    loop.step(trace(phi.tolist(), [5, 0, 0]))
+    followed = loop.follows[0] == 0
+    assert followed.sum() == 1
+    torch.testing.assert_close(loop.router_state.beta_coeff[0], before + 0.1 * 0.8 * followed)
+
+
+@pytest.mark.parametrize("signal", ["coherence", "shuffled", "load"])
+def test_a_skipped_step_moves_no_beta_whatever_drives_it(signal):
+    loop = loop_of(signal=signal, eta=0.1, tau=0.0)
+    loop.step(trace([0.8, 0.2, -0.3], [6, 5, 4]))
+    before = loop.router_state.beta_coeff.clone()
+    assert before.any()
+    loop.step(trace([0.8, 0.2, -0.3], [6, 5, 4]), torch.ones(()))
+    assert torch.equal(loop.router_state.beta_coeff, before)
+    loop.step(trace([0.8, 0.2, -0.3], [6, 5, 4]), torch.zeros(()))
+    assert not torch.equal(loop.router_state.beta_coeff, before)
 
 
 def test_update_beta_alone_follows_a_buffer():
@@ -138,6 +175,9 @@ def test_load_signal_moves_beta_by_the_sign_of_the_load_error_recentred():
     loop = loop_of(E=4, signal="load", eta=0.1)
     loop.step(trace([0.5] * 4, [10, 2, 3, 5]))
     drift = torch.tensor([-0.1, 0.1, 0.1, 0.0])
+    torch.testing.assert_close(loop.router_state.beta_coeff[0], drift - drift.mean())
+    loop.step(trace([0.5] * 4, [10, 0, 5, 5]))  # an expert without tokens rises
+    drift += torch.tensor([-0.1, 0.1, 0.0, 0.0])
     torch.testing.assert_close(loop.router_state.beta_coeff[0], drift - drift.mean())
 
 
@@ -372,6 +412,45 @@ def test_layers_taken_in_groups_give_the_same_statistics(monkeypatch):
     grouped = model(*tokens(0), return_trace=True)[2]
     for name, value in whole.present().items():
         torch.testing.assert_close(value, getattr(grouped, name))
+
+
+def layers_of(config, noisy):
+    """The routings of a model's MoE layers for one batch of 256 tokens."""
+    model, loop = build(config, use_noisy_top_k=noisy)
+    draw_beta(model)
+    found = []
+    for block in loop.layer_ids:
+        model.transformer.h[block].mlp.router.register_forward_hook(lambda *args: found.append(args[-1]))
+    model(*tokens(0, batch=16))
+    return found
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+@pytest.mark.parametrize("scope", ["batch", "token"])
+def test_a_layer_over_the_bound_is_taken_in_slices_of_tokens(scope, noisy, monkeypatch):
+    config = chrono(bridge_scope=scope, bridge_threshold=0.01, k_max=2.0)
+    routings = layers_of(config, noisy)
+    whole = statistics.routing_sums(routings, config)
+    allowed = 8 * 30  # 30 of the 256 tokens: the last slice is shorter
+    monkeypatch.setattr(statistics, "LARGEST", allowed)
+    with Largest() as largest:
+        sliced = statistics.routing_sums(routings, config)
+    assert whole.keys() == sliced.keys() and whole["js"].shape == (2,)
+    for name, value in whole.items():
+        torch.testing.assert_close(sliced[name], value)
+    assert largest.entries == 2 * allowed  # of each of the two choices, whether an expert's logit is larger
+
+
+class Largest(TorchDispatchMode):
+    """Entries of the largest tensor that an operator returns; views of its arguments are not counted."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if torch.is_tensor(out) and not out._is_view():
+            self.entries = max(self.entries, out.numel())
+        return out
 
 
 def test_a_compiled_step_does_what_the_step_does():

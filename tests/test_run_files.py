@@ -478,6 +478,15 @@ def test_decisions_count_the_trainers_steps_where_coherence_is_switched_on_later
     assert {d["step"] for d in lines(out / "decisions.jsonl")} == {5}
 
 
+@pytest.mark.parametrize(
+    "keys, warned", [(dict(top_k=1), True), (dict(top_k=1, norm_topk_prob=False), False), ({}, False)]
+)
+def test_a_router_that_the_cross_entropy_cannot_train_is_told_at_start(keys, warned, start, tmp_path, capsys):
+    assert start(tmp_path / "out", max_iters=0, **keys) == 0
+    said = capsys.readouterr().out
+    assert ("does not train the router; set norm_topk_prob=False" in said) == warned
+
+
 def test_changed_settings_are_told_and_stay_in_config_jsons_history(start, tmp_path, capsys):
     out = tmp_path / "out"
     start(out, max_iters=3)

@@ -111,7 +111,8 @@ OTHERWISE_THAN_NANOMOE = {
     "dtype": "auto",
     "compile": False,
 }
-DEFAULTS = NANOMOE | OTHERWISE_THAN_NANOMOE | CHRONO | {"seed": 1337, "arm": "off", "margin": None}
+DEFAULTS = NANOMOE | OTHERWISE_THAN_NANOMOE | CHRONO
+DEFAULTS |= {"seed": 1337, "arm": "off", "margin": None, "norm_topk_prob": True}
 CHOICES = {
     "init_from": ["scratch", "resume"],
     "dtype": ["auto", "float32", "bfloat16", "float16"],
@@ -438,7 +439,9 @@ def test_the_page_for_nanomoes_users_has_every_setting_and_our_defaults():
     page = (ROOT / "docs" / "from_nanomoe.md").read_text()
     rows = re.findall(r"^\| `(\w+)` \| `(.*?)` \| `(.*?)` \|", page, flags=re.MULTILINE)
     ours = {name: default for name, _, default in rows}
-    new = {"seed", "arm", "margin", "checkpoint_interval", "checkpoint_minutes"}
+    new = {"seed", "arm", "margin", "norm_topk_prob", "checkpoint_interval", "checkpoint_minutes"}
     expected = {name for name in DEFAULTS if not name.startswith("chrono_")} - new
+    (listed,) = re.findall(r"^New keys: (.*?), and those", page, flags=re.MULTILINE)
+    assert set(re.findall(r"`(\w+)`", listed)) == new
     assert ours.keys() == expected
     assert ours == {name: str(DEFAULTS[name]) for name in expected}

@@ -17,6 +17,7 @@ from chronomoe import (
 )
 from chronomoe.bridge import bias_needed, reach
 from chronomoe.dispatch import plan_dispatch
+from comparison.probe import gate_mass_moved
 from model import GPTConfig, MOELayer
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
@@ -66,7 +67,7 @@ def test_a_step_agrees_with_the_slow_version(dtype, rule, capacity, bias):
     for layer, block in enumerate(loop.layer_ids):
         moe = model.transformer.h[block].mlp
         with torch.no_grad():
-            z_clean = moe.router.clean_logits(inputs[layer])
+            z_clean, _ = moe.router.clean_logits(inputs[layer])
             routing = moe.router(inputs[layer], RouterBias(bias_used[layer], torch.ones((), dtype=dtype)))
         expected = reference.routing_statistics(z_clean, bias_used[layer], 2)
         assert expected["js"] > 0.01
@@ -142,6 +143,40 @@ def test_clean_gates_weigh_the_biased_choice_by_clean_logits():
     torch.testing.assert_close(routing.gates, routing.z_clean.gather(-1, routing.experts).softmax(-1))
 
 
+@pytest.mark.parametrize("gates", ["biased", "clean"])
+@pytest.mark.parametrize("top_k", [1, 2, 8])
+def test_gates_not_normalised_over_the_top_k_are_the_full_softmax_at_the_chosen(top_k, gates):
+    config = ChronoConfig(router=True, gates=gates)
+    router = ChronoRouter(16, 8, top_k, config, norm_topk_prob=False)
+    routing = router(3 * torch.randn(50, 16), RouterBias(2 * torch.randn(8), torch.ones(())))
+    weighed_by = routing.z_clean if gates == "clean" else routing.z_biased
+    assert torch.equal(routing.experts, routing.z_biased.topk(top_k).indices)
+    torch.testing.assert_close(routing.gates, weighed_by.softmax(-1).gather(-1, routing.experts))
+    assert top_k == 8 or (routing.gates.sum(-1) < 1).all()
+
+
+@pytest.mark.parametrize("gates", ["biased", "clean"])
+@pytest.mark.parametrize("norm", [True, False])
+def test_with_one_expert_per_token_the_cross_entropy_trains_the_router_only_by_unnormalised_gates(norm, gates):
+    model, _ = build(chrono(gates=gates), top_k=1, norm_topk_prob=norm, use_aux_loss=False, use_router_z_loss=False)
+    draw_beta(model)
+    model(*tokens(0))[1].backward()
+    for block in model.config.moe_blocks:
+        gradient = model.transformer.h[block].mlp.router.w_g.weight.grad
+        assert (gradient == 0).all() if norm else (gradient.abs().amax(1) > 0).any()
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_the_probes_gate_mass_follows_the_routers_gates(norm):
+    router = ChronoRouter(16, 8, 3, ChronoConfig(router=True), norm_topk_prob=norm)
+    x = 2 * torch.randn(40, 16)
+    biased, clean = (router(x, RouterBias(bias, torch.ones(()))) for bias in (2 * torch.randn(8), torch.zeros(8)))
+    used, without = ([dict(zip(e, g)) for e, g in zip(r.experts.tolist(), r.gates.tolist())] for r in (biased, clean))
+    moved = sum(max(0.0, u.get(e, 0.0) - w.get(e, 0.0)) for u, w in zip(used, without) for e in range(8)) / 40
+    assert moved > 0.1
+    assert gate_mass_moved(router, biased).item() == pytest.approx(moved, rel=1e-5)
+
+
 def test_router_noise_is_in_training_only():
     router = ChronoRouter(16, 8, noisy=True)
     x = torch.randn(20, 16)
@@ -149,6 +184,25 @@ def test_router_noise_is_in_training_only():
     router.eval()
     assert torch.equal(router(x).z_clean, router(x).z_clean)
     torch.testing.assert_close(router(x).z_clean, router.w_g(x))
+
+
+def test_logit_std_is_that_of_the_logits_without_noise():
+    """beta_eff is in units of logit_std: with the noise in it, beta would act too strongly in evaluation."""
+    model, loop = build(chrono(), use_noisy_top_k=True)
+    for block in loop.layer_ids:
+        with torch.no_grad():
+            model.transformer.h[block].mlp.router.w_noise.weight.normal_()
+    first = model.transformer.h[0].mlp  # later layers get other hidden states from a first layer with noise
+    inputs, trace = layer_inputs(model, tokens(0))
+    loop.step(trace)
+    z = first.router.w_g(inputs[0]).detach()
+    expected = z.var(-1).mean().sqrt()
+    torch.testing.assert_close(model.router_state.logit_std[0], expected)
+    noisy = first.router(inputs[0]).z_clean.detach()
+    assert noisy.var(-1).mean().sqrt() > 1.2 * expected
+    model.eval()
+    assert first.router(inputs[0]).noise_free is None
+    torch.testing.assert_close(first.router(inputs[0]).z_clean, z)
 
 
 def test_relevance_falls_linearly_from_threshold_to_three_times_it():
@@ -181,7 +235,7 @@ def test_logit_std_ignores_a_shift_common_to_a_tokens_experts():
     for block in loop.layer_ids:
         router = model.transformer.h[block].mlp.router
         logits = router.clean_logits
-        router.clean_logits = lambda x, logits=logits: logits(x) + 5 * x[:, :1]
+        router.clean_logits = lambda x, logits=logits: (logits(x)[0] + 5 * x[:, :1], None)
     shifted = model(*tokens(0), return_trace=True)[2]
     torch.testing.assert_close(trace.logit_var[0], shifted.logit_var[0])
 

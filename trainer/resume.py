@@ -18,6 +18,7 @@ from trainer.errors import UserError
 from trainer.ranks import Ranks, job
 from trainer.runlog import history_in, holds_a_run
 from trainer.settings import Settings
+from trainer.streams import DROPOUT_AND_NOISE, stream_seed
 from trainer.weights import find as find_weights
 
 
@@ -179,7 +180,7 @@ def restore_random_state(saved: dict[str, Any], device: torch.device, ranks: Ran
     if ranks.rank < len(states):
         checkpoints.restore_random_state(states[ranks.rank], device)
     else:
-        torch.manual_seed(seed + ranks.rank + 1_000_003 * saved["iter_num"])
+        torch.manual_seed(stream_seed(seed, DROPOUT_AND_NOISE, ranks.rank, saved["iter_num"]))
     if len(states) == ranks.count:
         return []
     return [f"resume: {ranks.count} ranks, before {len(states)}: dropout and router noise are drawn anew"]

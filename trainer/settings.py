@@ -119,6 +119,7 @@ class Settings:
     use_switch_tfm_init: bool = same_option(GPTConfig, "use_switch_tfm_init")
     switch_tfm_init_scale: float = same_option(GPTConfig, "switch_tfm_init_scale")
     router_use_full_prec: bool = same_option(GPTConfig, "router_use_full_prec")
+    norm_topk_prob: bool = same_option(GPTConfig, "norm_topk_prob")
 
     # Optimizer
     learning_rate: float = option(6e-4, "highest learning rate", least=0)

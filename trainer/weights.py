@@ -77,7 +77,8 @@ def put(weights: dict[str, Tensor], source: str, model: GPT) -> list[str]:
     """Load weights into a model of the same shape, or one with a shorter context or experts in place of dense MLPs.
 
     Returns lines on what was done. An expert starts as the dense MLP of its block (sparse upcycling, arXiv 2212.05055),
-    so before training the model computes what the dense one does; its router starts as it was initialised.
+    so before training the model computes what the dense one does if its gates sum to 1 (norm_topk_prob=True); its
+    router starts as it was initialised.
     Raises UserError if they do not fit.
     """
     own = model.state_dict()
