@@ -31,7 +31,7 @@ from trainer.flops import flops_per_token, peak
 from trainer.guard import NonFiniteGuard, Skipped
 from trainer.lock import held
 from trainer.ranks import Ranks, environment, job, joined
-from trainer.runlog import NoLog, RunLog
+from trainer.runlog import NoLog, RunLog, record_of
 from trainer.settings import Settings
 from trainer.signals import caught_signals
 
@@ -94,25 +94,24 @@ def train(given: dict[str, Any], ranks: Ranks, caught: list[int], closing: conte
         ranks.wait()  # rank 0 may have to prepare the data
     data = open_dataset(s.dataset, s.block_size)
     fit_vocabulary(s, data, start)
-    files = data.fingerprint(saved.get("data") if saved else None) if ranks.first else {}
-    if saved:
-        resume.check_data(saved, s.dataset, files)
+    files = data.fingerprint(resume.known_files(start)) if ranks.first else {}
+    resume.check_data(start, files)
     if ranks.first:
         ranks.wait()
     model, optimizer, loop = build(s, data, device)
     if start.weights:
-        start.notes += weights.put(start.weights, s.init_from, model)
+        start.notes += weights.put(start.weights, start.weights_from, model)
         start.weights = None
     guard = NonFiniteGuard(model)
     scaler = torch.amp.GradScaler(device.type, enabled=s.dtype == "float16")
     torch.manual_seed(s.seed + ranks.rank)  # dropout and router noise draw from the global generator
     step, best_val_loss, unfinished = 0, math.inf, {"step": 0}
-    lines, wandb_id = {"metrics": 0, "decisions": 0}, None
+    origin = {"weights_from": start.weights_from, "weights_sha256": start.weights_sha256}
+    record = record_of(saved) if saved else None
     if saved:
         resume.restore(saved, out_dir / checkpoints.NAME, model, optimizer, loop, guard, scaler)
         start.notes += resume.restore_random_state(saved, device, ranks, s.seed)
         step, best_val_loss, unfinished = saved["iter_num"], resume.best_loss(saved), saved.get("unfinished")
-        lines, wandb_id = saved.get("lines"), saved.get("wandb_id")
         loop.began_at = step - loop.coherence.step.item()
     resumed, saved, start.saved = saved is not None, None, None  # free its memory
     forward = model
@@ -155,14 +154,15 @@ def train(given: dict[str, Any], ranks: Ranks, caught: list[int], closing: conte
     if ranks.first:
         checkpoints.set_aside(start.damaged)
         around = surroundings() | {"ranks": ranks.count}
-        resolved = s.flat() | around | {"data_sha256": {name: f["sha256"] for name, f in files.items()}}
+        data_sha256 = {name: f["sha256"] for name, f in files.items()}
+        resolved = s.flat() | around | {"data_sha256": data_sha256} | origin
         this_start = {
             "step": step,
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "changed": start.changed,
             "job": job(),
         }
-        log = RunLog(s, resolved, this_start | around | {"host": socket.gethostname()}, step, lines, wandb_id, resumed)
+        log = RunLog(s, resolved, this_start | around | {"host": socket.gethostname()}, step, record)
         closing.callback(log.close, caught)
         for line in introduction(s, model, data, device, ranks) + start.notes:
             log.say(line)
@@ -187,8 +187,8 @@ def train(given: dict[str, Any], ranks: Ranks, caught: list[int], closing: conte
             "unfinished": unfinished,
             "config": s.flat(),
             "data": files,
-            "lines": log.lines,
-            "wandb_id": log.wandb_id,
+            **origin,
+            **log.state(),
         }
         keeper.save(state, best)
 
