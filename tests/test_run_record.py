@@ -23,7 +23,9 @@ from test_run_files import (
 )
 
 import train
+from trainer import checkpoint as checkpoints
 from trainer import weights
+from trainer.data import TokenData
 from trainer.errors import UserError
 
 SHAPE = ("n_layer", "n_head", "n_embd", "n_exp", "block_size")
@@ -353,3 +355,43 @@ def test_the_same_contents_under_another_name_are_no_change_of_data(half, start,
     resume_whole(start, half, dataset=tmp_path / "copy")
     assert config_of(half)["history"][1]["changed"].keys() == {"dataset", "max_iters"}
     assert {path for path in differing_state(half, whole) if not path.startswith("/data/")} == set()
+
+
+# Time and the best loss
+
+
+def test_step_times_hold_no_evaluation_and_no_saving(start, tmp_path, monkeypatch):
+    import time
+
+    batch, copied = TokenData.batch, checkpoints.copied
+
+    def slow_batch(self, split, *rest):
+        time.sleep(0.2 * (split == "val"))
+        return batch(self, split, *rest)
+
+    def slow_copied(value, seen=None):
+        time.sleep(0.4 * (seen is None))
+        return copied(value, seen)
+
+    monkeypatch.setattr(TokenData, "batch", slow_batch)
+    monkeypatch.setattr(checkpoints, "copied", slow_copied)
+    start(tmp_path / "out", log_interval=2, eval_interval=3, checkpoint_interval=5)
+    found = [line["time/step_ms"] for line in metrics(tmp_path / "out") if "time/step_ms" in line]
+    assert len(found) == 3
+    assert max(found) < 150, found
+
+
+def test_the_best_loss_is_that_of_a_checkpoint(start, tmp_path, capsys):
+    out = tmp_path / "out"
+    start(out, learning_rate=1.0, min_lr=1.0)  # worse than the untrained model
+    losses = [line["val/loss"] for line in metrics(out) if "val/loss" in line]
+    assert losses[0] < min(losses[1:])
+    best = checkpoint(out, "ckpt_best.pt")
+    assert checkpoint(out)["best_val_loss"] == best["best_val_loss"] == min(losses[1:])
+    assert f"best validation loss {min(losses[1:]):.4f}" in capsys.readouterr().out
+
+
+def test_without_steps_the_loss_of_step_0_is_told(start, tmp_path, capsys):
+    start(tmp_path / "out", max_iters=0)
+    loss = metrics(tmp_path / "out")[0]["val/loss"]
+    assert f"done at step 0, validation loss at step 0: {loss:.4f} nats per token\n" in capsys.readouterr().out
