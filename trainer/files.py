@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 PARTIAL = ".tmp"  # how the name of a file ends that is being written
+INCOMPLETE = "incomplete"  # key of the meta.json of a dataset whose files are being replaced
 LARGEST_TEXT = 64 << 20  # bytes; no settings or metadata are longer
 
 
