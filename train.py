@@ -31,10 +31,11 @@ from trainer.flops import flops_per_token, peak
 from trainer.guard import NonFiniteGuard, Skipped
 from trainer.lock import held
 from trainer.ranks import Ranks, environment, job, joined
-from trainer.runlog import NoLog, RunLog
+from trainer.runlog import NoLog, RunLog, record_of
 from trainer.settings import Settings
 from trainer.signals import caught_signals
 from trainer.streams import DROPOUT_AND_NOISE, PERMUTATION, stream_seed
+from trainer.timer import StepTimer
 
 MOST_SKIPPED = 10  # steps skipped in a row that end a run
 
@@ -95,26 +96,26 @@ def train(given: dict[str, Any], ranks: Ranks, caught: list[int], closing: conte
         ranks.wait()  # rank 0 may have to prepare the data
     data = open_dataset(s.dataset, s.block_size)
     fit_vocabulary(s, data, start)
-    files = data.fingerprint(saved.get("data") if saved else None) if ranks.first else {}
-    if saved:
-        resume.check_data(saved, s.dataset, files)
+    files = data.fingerprint(resume.known_files(start)) if ranks.first else {}
+    resume.check_data(start, files)
     if ranks.first:
         ranks.wait()
     model, optimizer, loop = build(s, data, device)
     if start.weights:
-        start.notes += weights.put(start.weights, s.init_from, model)
+        start.notes += weights.put(start.weights, start.weights_from, model)
         start.weights = None
     guard = NonFiniteGuard(model)
     scaler = torch.amp.GradScaler(device.type, enabled=s.dtype == "float16")
     # dropout and router noise draw from the global generator
     torch.manual_seed(stream_seed(s.seed, DROPOUT_AND_NOISE, ranks.rank))
     step, best_val_loss, unfinished = 0, math.inf, {"step": 0}
-    lines, wandb_id = {"metrics": 0, "decisions": 0}, None
+    last_evaluation = None
+    origin = {"weights_from": start.weights_from, "weights_sha256": start.weights_sha256}
+    record = record_of(saved) if saved else None
     if saved:
         resume.restore(saved, out_dir / checkpoints.NAME, model, optimizer, loop, guard, scaler)
         start.notes += resume.restore_random_state(saved, device, ranks, s.seed)
         step, best_val_loss, unfinished = saved["iter_num"], resume.best_loss(saved), saved.get("unfinished")
-        lines, wandb_id = saved.get("lines"), saved.get("wandb_id")
         loop.began_at = step - loop.coherence.step.item()
     resumed, saved, start.saved = saved is not None, None, None  # free its memory
     forward = model
@@ -157,14 +158,15 @@ def train(given: dict[str, Any], ranks: Ranks, caught: list[int], closing: conte
     if ranks.first:
         checkpoints.set_aside(start.damaged)
         around = surroundings() | {"ranks": ranks.count}
-        resolved = s.flat() | around | {"data_sha256": {name: f["sha256"] for name, f in files.items()}}
+        data_sha256 = {name: f["sha256"] for name, f in files.items()}
+        resolved = s.flat() | around | {"data_sha256": data_sha256} | origin
         this_start = {
             "step": step,
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "changed": start.changed,
             "job": job(),
         }
-        log = RunLog(s, resolved, this_start | around | {"host": socket.gethostname()}, step, lines, wandb_id, resumed)
+        log = RunLog(s, resolved, this_start | around | {"host": socket.gethostname()}, step, record)
         closing.callback(log.close, caught)
         for line in introduction(s, model, data, device, ranks) + start.notes:
             log.say(line)
@@ -189,19 +191,21 @@ def train(given: dict[str, Any], ranks: Ranks, caught: list[int], closing: conte
             "unfinished": unfinished,
             "config": s.flat(),
             "data": files,
-            "lines": log.lines,
-            "wandb_id": log.wandb_id,
+            **origin,
+            **log.state(),
         }
         keeper.save(state, best)
 
     def check() -> None:
         """Complete the unfinished line with an evaluation, write it, and save if it is time to."""
-        nonlocal best_val_loss, unfinished
+        nonlocal best_val_loss, last_evaluation, unfinished
         val_loss = evaluate()
         if val_loss is None:
             return
-        better = val_loss < best_val_loss
-        if better:  # not min(): a loss may be no number
+        last_evaluation = step, val_loss
+        # not min(): a loss may be no number. Step 0 is not saved, and counts for no best loss.
+        better = step > 0 and val_loss < best_val_loss
+        if better:
             best_val_loss = val_loss
         line, unfinished = unfinished | {"val/loss": val_loss}, None
         log.write(line)
@@ -214,7 +218,7 @@ def train(given: dict[str, Any], ranks: Ranks, caught: list[int], closing: conte
     model.train()
     if unfinished:
         check()
-    timer, timed_from = time.perf_counter(), step
+    timer = StepTimer(device)
     # `step` counts optimizer steps done, so a line of step 1 tells of the first.
     while step < s.max_iters and not stop and failure is None:
         lr = learning_rate(s, step)
@@ -244,11 +248,12 @@ def train(given: dict[str, Any], ranks: Ranks, caught: list[int], closing: conte
         optimizer.zero_grad(set_to_none=True)
         loop.step(total, found_inf)
         step += 1
+        timer.steps += 1
         log.tick()
 
         line: dict[str, float | None] = {"step": step}
         if logs:
-            ms = (time.perf_counter() - timer) * 1000 / (step - timed_from)
+            ms = timer.ms_per_step()
             line |= step_values(s, total, lr, grad_norm, ms, step) | {"train/skipped": guard.total.item()} | loop.read()
             if most_tokens_per_s is not None:
                 line["time/mfu"] = line["time/tokens_per_s"] / most_tokens_per_s
@@ -260,15 +265,17 @@ def train(given: dict[str, Any], ranks: Ranks, caught: list[int], closing: conte
                     failure = skipped
         if step % s.eval_interval == 0 or step == s.max_iters:
             unfinished = line
-            check()
-        elif len(line) > 1:
+            with timer.paused():
+                check()
+        elif logs:
             log.write(line)
-        if len(line) > 1:
-            timer, timed_from = time.perf_counter(), step
+        if logs:
+            timer.restart()
         number, due = ranks.agree(*caught[:1] or [0], keeper is not None and keeper.due(step))
         stop = stop or number
         if due and not stop:  # else it is saved below
-            save()
+            with timer.paused():
+                save()
 
     caught += [stop] if stop and not caught else []
     if keeper is not None:
@@ -280,7 +287,7 @@ def train(given: dict[str, Any], ranks: Ranks, caught: list[int], closing: conte
         return failure is not None
     keeper.wait()
     log.close(caught)
-    for text in farewell(s, step, best_val_loss, keeper, failure):
+    for text in farewell(s, step, best_val_loss, last_evaluation, keeper, failure):
         log.say(text)
     return failure is not None or keeper.failure is not None
 
@@ -429,8 +436,18 @@ def reach_line(chrono: ChronoConfig) -> str:
     )
 
 
-def farewell(s: Settings, step: int, best: float, keeper: checkpoints.Keeper, failure: Skipped | None) -> list[str]:
-    """How the run ended, where it is and what to do with it."""
+def farewell(
+    s: Settings,
+    step: int,
+    best: float,
+    last: tuple[int, float] | None,
+    keeper: checkpoints.Keeper,
+    failure: Skipped | None,
+) -> list[str]:
+    """How the run ended, where it is and what to do with it.
+
+    best: the lowest validation loss from step 1 on; infinite without one. last: (step, loss) of the last evaluation.
+    """
     out = Path(s.out_dir)
     stopped = step < s.max_iters
     lines = []
@@ -439,7 +456,12 @@ def farewell(s: Settings, step: int, best: float, keeper: checkpoints.Keeper, fa
             f"ended: in the last {failure.in_a_row} steps loss or gradient was not finite, and the weights are those "
             "of before. Try a lower learning_rate, a grad_clip, another dtype than float16, or an older checkpoint"
         )
-    lines.append(f"{'stopped' if stopped else 'done'} at step {step}, best validation loss {best:.4f} nats per token")
+    ended = f"{'stopped' if stopped else 'done'} at step {step}"
+    if math.isfinite(best):
+        ended += f", best validation loss {best:.4f} nats per token"
+    elif last is not None:
+        ended += f", validation loss at step {last[0]}: {last[1]:.4f} nats per token"
+    lines.append(ended)
     if keeper.failure is not None:
         newest = "there is no checkpoint" if keeper.saved_step is None else f"the newest is of step {keeper.saved_step}"
         lines.append(f"the state of step {step} is not saved ({keeper.failure}); {newest}")

@@ -67,7 +67,7 @@ def source_tree(root, order=0):
 
 
 def written(out):
-    return {path.name: path.read_bytes() for path in out.iterdir()}
+    return {path.name: path.read_bytes() for path in out.iterdir() if path.name != ".lock"}
 
 
 def documents(content):

@@ -37,6 +37,7 @@ from test_run_files import (
 
 import train
 from trainer import checkpoint as checkpoints
+from trainer import signals
 from trainer.checkpoint import Keeper
 from trainer.errors import UserError
 from trainer.files import JsonLines
@@ -350,6 +351,58 @@ def test_a_second_signal_stops_at_once_and_leaves_the_last_checkpoint_whole(keys
     assert "stopped at once" in log.read_text() and "Traceback" not in log.read_text()
     checkpoints.load(out / "ckpt.pt")
     assert (out / "ckpt.pt").read_bytes() == before
+
+
+STARTER = """
+import os, subprocess, sys
+environment = os.environ | {"CHRONO_STOP_WITH_PARENT": str(os.getpid()), "OMP_NUM_THREADS": "1"}
+with open(sys.argv[1], "ab") as log:
+    process = subprocess.Popen([sys.executable, "train.py", *sys.argv[2:]], env=environment, stdout=log, stderr=log,
+                               start_new_session=True)
+print(process.pid, flush=True)
+process.wait()
+"""
+
+
+def test_a_run_whose_parent_was_killed_saves_and_ends(keys, tmp_path):
+    out, log = tmp_path / "out", tmp_path / "log"
+    command = [sys.executable, "-c", STARTER, log, *keys(out, **LONG)]
+    parent = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
+    run = int(parent.stdout.readline())
+    try:
+        child.wait_for(begun(log), 60)
+        time.sleep(0.7)  # the parent was looked at, and is there
+        assert "stopping" not in log.read_text()
+        parent.kill()
+        child.wait_for(lambda: "--init_from=resume" in log.read_text() and not (out / ".lock.holder").exists(), 10)
+    finally:
+        parent.kill()
+        parent.communicate()
+        with contextlib.suppress(OSError):
+            os.kill(run, signal.SIGKILL)
+    assert log.read_text().count("stopping after this step") == 1 and "Traceback" not in log.read_text()
+    assert checkpoint(out)["iter_num"] == metrics(out)[-1]["step"] > 1
+
+
+def test_a_signal_before_the_end_of_the_parent_is_the_only_one(monkeypatch):
+    sent = []
+    monkeypatch.setattr(signals.os, "kill", lambda pid, number: sent.append((pid, number)))
+    monkeypatch.setattr(signals, "POLL", 0.001)
+    for caught in ([signal.SIGINT], []):
+        signals._stop_with(os.getppid() + 1, caught, threading.Event())
+    assert sent == [(os.getpid(), signal.SIGTERM)]
+    ended = threading.Event()
+    threading.Timer(0.05, ended.set).start()
+    signals._stop_with(os.getppid(), [], ended)
+    assert len(sent) == 1
+
+
+@pytest.mark.parametrize("value", ["x", "-1"])
+def test_a_parent_that_is_no_process_id_gets_one_line(value, keys, tmp_path, monkeypatch):
+    monkeypatch.setenv("CHRONO_STOP_WITH_PARENT", value)
+    with pytest.raises(UserError) as error:
+        train.main(keys(tmp_path / "out"))
+    assert "CHRONO_STOP_WITH_PARENT" in one_line(error)
 
 
 # Two runs

@@ -1,6 +1,7 @@
 """Runs that start from weights: another run's, nanoMoE's, GPT-2's; and dense MLPs that become experts."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -12,6 +13,7 @@ import train
 from model import GPT, GPTConfig
 from trainer import weights
 from trainer.errors import UserError
+from trainer.settings import from_arguments
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +90,72 @@ def test_the_context_may_be_shorter_and_nothing_else_may_differ(moe, start, tmp_
         with pytest.raises(UserError) as error:
             start(tmp_path / "out", without=SHAPE, init_from=moe, **{key: value})
         assert one_line(error).startswith(f"{key}={value}, but the weights of")
+
+
+OTHER = dict(
+    **dict(n_exp=4, top_k=3, dropout=0.25, train_capacity=1.5, eval_capacity=1.25, min_capacity=2),
+    **dict(use_aux_loss=True, aux_loss_weight=0.02, use_router_z_loss=True, router_z_loss_weight=0.003),
+    **dict(router_use_full_prec=True, use_noisy_top_k=True, use_switch_tfm_init=True, switch_tfm_init_scale=0.5),
+)
+
+
+def settings_of(out, names):
+    config = json.loads((out / "config.json").read_text())
+    return {name: config[name] for name in names}
+
+
+def test_every_setting_of_the_model_goes_with_its_weights_unless_another_is_given(start, tmp_path):
+    source, same, other = tmp_path / "source", tmp_path / "same", tmp_path / "other"
+    start(source, **OTHER, max_iters=1)
+    start(same, without=SHAPE, init_from=source, max_iters=0)
+    assert settings_of(same, OTHER) == OTHER
+    assert first_loss(same) == pytest.approx(metrics(source)[-1]["val/loss"], rel=1e-6)
+    given = dict(top_k=1, dropout=0.0, eval_capacity=None)
+    start(other, without=SHAPE, init_from=source, max_iters=0, **given)
+    assert settings_of(other, OTHER) == OTHER | given
+
+
+def test_a_dense_checkpoint_does_not_decide_the_settings_of_experts(start, tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    start(source, **OTHER | dict(n_exp=1, use_noisy_top_k=False), max_iters=1)
+    start(out, without=SHAPE, init_from=source, n_exp=4, max_iters=0)
+    defaults = from_arguments([]).flat()
+    assert settings_of(out, OTHER) == {key: defaults[key] for key in OTHER} | dict(n_exp=4, dropout=0.25)
+
+
+def test_evaluation_only_of_a_path_evaluates_the_checkpoint_with_its_beta(start, tmp_path, capsys):
+    source = tmp_path / "source"
+    strong = dict(chrono_eta=1.0, chrono_k_max=3.0, chrono_bridge=False, chrono_gates="clean")
+    start(source, **ALL_ON | strong, max_iters=3)
+    expected = metrics(source)[-1]["val/loss"]
+
+    def evaluated(init_from, **changes):
+        capsys.readouterr()
+        assert start(tmp_path / "no_run", without=SHAPE, init_from=init_from, eval_only=True, **changes) == 0
+        return float(re.search(r"step 0: ([0-9.]+) nats", capsys.readouterr().out)[1])
+
+    assert evaluated(source) == pytest.approx(expected, abs=1e-4)
+    assert evaluated(f"auto:{source}") == pytest.approx(expected, abs=1e-4)
+    off = {name: False for name in ALL_ON}
+    assert abs(evaluated(source, **off) - expected) > 3e-4
+    assert abs(evaluated(source, chrono_k_max=0.1) - expected) > 3e-4
+    assert not (tmp_path / "no_run").exists()
+
+
+def test_training_from_a_checkpoint_with_beta_says_that_beta_starts_at_0(moe, dense, start, tmp_path, capsys):
+    for source, told in ((moe, 1), (dense, 0)):
+        capsys.readouterr()
+        start(tmp_path / source.name, without=SHAPE, init_from=source, max_iters=0)
+        assert capsys.readouterr().out.count("starts at 0") == told
+    assert not settings_of(tmp_path / "moe", ["chrono_beta"])["chrono_beta"]
+
+
+def test_nanomoes_settings_of_the_model_go_with_its_weights(start, tmp_path):
+    source = ROOT / "tests" / "golden" / "nanomoe_ckpt.pt"
+    args = torch.load(source, weights_only=True)["model_args"]
+    out, data = tmp_path / "out", write_dataset(tmp_path / "data", args.pop("vocab_size"))
+    start(out, without=SHAPE, init_from=source, dataset=data, max_iters=0)
+    assert settings_of(out, args) == args
 
 
 def test_nanomoes_weights_start_a_run_in_their_shape(start, tmp_path):

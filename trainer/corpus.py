@@ -19,7 +19,7 @@ import shutil
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -31,7 +31,7 @@ import tiktoken
 from tqdm import tqdm
 
 from trainer.errors import UserError
-from trainer.files import parse_json, read_text, remove_leftovers, whole_file
+from trainer.files import INCOMPLETE, parse_json, read_text, remove_leftovers, whole_file, whole_files
 from trainer.lock import held
 
 SPLITS = ("train", "val")
@@ -39,6 +39,7 @@ VAL_SHARE = 10  # one document in this many
 PIECE = 1 << 20  # characters tokenized at a time
 CHUNK = 1 << 20  # bytes read at a time
 WAITING = 2  # batches under way for each process
+LONGEST_WAIT = 3600.0  # seconds for another preparation of the same dataset to end
 CHARACTER_TOKENIZER = "characters"
 # spaces that every regex engine takes for one: GPT-2's pattern never spans the place before them
 WORD_END = re.compile(r"\S(?=[ \n])")
@@ -92,17 +93,45 @@ def write_corpus(
     if not force and _is_complete(out, about):
         print(f"{out} is complete for {about['source']}; --force prepares it again")
         return False
-    with held(out):
+    replace_dataset(
+        out, lambda files: about | _write_tokens(files, documents, encoding, about["source"], jobs, total, val_share)
+    )
+    return True
+
+
+def replace_dataset(
+    out: Path, write: Callable[[dict[str, BinaryIO]], dict[str, Any]], unless: Callable[[], bool] | None = None
+) -> None:
+    """Replace the dataset in `out` by another, so that one which is not whole is never read.
+
+    The new token files are written beside the old. Then meta.json says that the dataset is incomplete, until they have
+    replaced the old ones: wherever this is interrupted, trainer.data reads the old dataset, the new one, or refuses.
+
+    Args:
+        write: writes the tokens of each split into its file, and returns what meta.json says.
+        unless: if another process prepares the dataset, wait for it; then do nothing if this returns True.
+
+    Raises UserError if `out` cannot be written, or without `unless` if another process prepares it.
+    """
+    with held(out, wait=LONGEST_WAIT if unless else 0):
+        if unless and unless():
+            return
         try:
-            meta = about | _write_tokens(out, documents, encoding, about["source"], jobs, total, val_share)
-            # last: its presence says that the others are whole
-            with whole_file(out / "meta.json") as f:
-                f.write(json.dumps(meta, indent=2).encode() + b"\n")
+            paths = [out / f"{split}.bin" for split in SPLITS]
+            for path in (*paths, out / "meta.json"):
+                remove_leftovers(path)
+            with whole_files(paths, before=lambda: _write_meta(out, {INCOMPLETE: "being written"})) as files:
+                meta = write(dict(zip(SPLITS, files)))
+            _write_meta(out, meta)
         except OSError as e:
             raise UserError(f"cannot write the corpus to {out}: {e.strerror or e}") from None
     counts = ", ".join(f"{split} {n:,}" for split, n in meta["tokens"].items())
     print(f"prepared {meta['source']}: {counts} tokens in {out}")
-    return True
+
+
+def _write_meta(out: Path, meta: dict[str, Any]) -> None:
+    with whole_file(out / "meta.json") as f:
+        f.write(json.dumps(meta, indent=2).encode() + b"\n")
 
 
 def _is_complete(out: Path, about: dict[str, Any]) -> bool:
@@ -114,34 +143,32 @@ def _is_complete(out: Path, about: dict[str, Any]) -> bool:
         return False
 
 
-def _write_tokens(out, documents, encoding, source, jobs, total, val_share) -> dict[str, Any]:
-    """train.bin and val.bin; what meta.json says of them."""
-    for name in ("train.bin", "val.bin", "meta.json"):
-        remove_leftovers(out / name)
+def _write_tokens(files, documents, encoding, source, jobs, total, val_share) -> dict[str, Any]:
+    """Write train.bin and val.bin; returns what meta.json says of them."""
     count = _Count()
-    with whole_file(out / "train.bin") as train, whole_file(out / "val.bin") as val:
-        files = {"train": train, "val": val}
-        bar = tqdm(total=total, desc=f"preparing {source}", unit="B", unit_scale=True, delay=1, mininterval=1)
-        encoded = _encode_all(encoding, _batches(documents, val_share, count), jobs)
-        with bar, contextlib.closing(encoded):
-            for tokens, text_bytes in encoded:
-                for split, content in tokens.items():
-                    files[split].write(content)
-                count.text_bytes += text_bytes
-                bar.update(text_bytes)
-        if not count.text_bytes:
-            raise UserError(f"there is no text in {source}")
-        sizes = [f.tell() for f in files.values()]
-        if not count.fixed and min(sizes) * 10 * val_share < sum(sizes):
-            _split_by_position(train, val, encoding.eot_token)
-        tokens = {split: f.tell() // 2 for split, f in files.items()}
-        empty = [split for split, n in tokens.items() if not n]
-        if empty:
-            raise UserError(f"there is no text for {' and '.join(empty)} in {source}")
-        sha256 = {f"{split}.bin": _sha256(f) for split, f in files.items()}
-        # the old one would describe the new files until the new one is there
-        (out / "meta.json").unlink(missing_ok=True)
-    return {"documents": count.documents, "tokens": tokens, "sha256": sha256}
+    bar = tqdm(total=total, desc=f"preparing {source}", unit="B", unit_scale=True, delay=1, mininterval=1)
+    encoded = _encode_all(encoding, _batches(documents, val_share, count), jobs)
+    with bar, contextlib.closing(encoded):
+        for tokens, text_bytes in encoded:
+            for split, content in tokens.items():
+                files[split].write(content)
+            count.text_bytes += text_bytes
+            bar.update(text_bytes)
+    if not count.text_bytes:
+        raise UserError(f"there is no text in {source}")
+    sizes = [f.tell() for f in files.values()]
+    if not count.fixed and min(sizes) * 10 * val_share < sum(sizes):
+        _split_by_position(files["train"], files["val"], encoding.eot_token)
+    empty = [split for split, f in files.items() if not f.tell()]
+    if empty:
+        raise UserError(f"there is no text for {' and '.join(empty)} in {source}")
+    return {"documents": count.documents} | tokens_in(files)
+
+
+def tokens_in(files: dict[str, BinaryIO]) -> dict[str, Any]:
+    """What meta.json says of token files that are open for writing: their number of tokens and their sha256."""
+    tokens = {split: f.tell() // 2 for split, f in files.items()}
+    return {"tokens": tokens, "sha256": {f"{split}.bin": _sha256(f) for split, f in files.items()}}
 
 
 @dataclass

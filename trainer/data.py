@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from trainer.errors import UserError, first_line
-from trainer.files import parse_json, read_text
+from trainer.files import INCOMPLETE, parse_json, read_text
 
 DATA = Path(__file__).parent.parent / "data"
 SPLITS = ("train", "val")
@@ -41,6 +41,8 @@ class TokenData:
         self.meta = read_meta(folder)
         self.vocab_size: int = self.meta.get("vocab_size", GPT2_VOCAB_SIZE)
         self.tokens = {split: self._open(split) for split in SPLITS}
+        if read_meta(folder) != self.meta:  # meta.json changes before the token files do
+            raise UserError(f"{folder} was prepared again while it was opened; start again")
 
     def _open(self, split: str) -> np.ndarray:
         path = self.folder / f"{split}.bin"
@@ -137,16 +139,26 @@ class Prefetcher:
 
 
 def open_dataset(name: str, block_size: int) -> TokenData:
-    """The dataset `name` under data/ (or a path); 'stdlib' is prepared first if it is not there."""
+    """The dataset `name` under data/ (or a path); 'stdlib' is prepared first if it is not there or not whole."""
     folder = DATA / name
-    if name == "stdlib" and not (folder / "meta.json").exists():
-        load_prepare(folder / "prepare.py").prepare(folder)
+    if name == "stdlib" and not is_prepared(folder):
+        load_prepare(folder / "prepare.py").prepare(folder, unless=lambda: is_prepared(folder))
     if not os.path.isdir(folder) and os.path.isdir(name):
         folder = Path(name)
     if not os.path.isdir(folder):
         there = sorted(p.parent.name for p in DATA.glob("*/prepare.py"))
         raise UserError(f"no folder {folder} for dataset={name!r}; there are {', '.join(there)}, or give a path")
     return TokenData(folder, block_size)
+
+
+def is_prepared(folder: Path) -> bool:
+    """Whether a meta.json is there that does not say that the dataset is incomplete."""
+    try:
+        return INCOMPLETE not in parse_json(read_text(folder / "meta.json"))
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, TypeError):  # read_meta says what is wrong with it
+        return True
 
 
 def load_prepare(path: Path) -> Any:
@@ -170,6 +182,10 @@ def read_meta(folder: Path) -> dict[str, Any]:
             return {}
     except Exception as e:  # a damaged pickle raises nearly anything
         raise UserError(f"{path} cannot be read ({first_line(e)}); prepare the dataset again") from None
+    if isinstance(meta, dict) and INCOMPLETE in meta:
+        raise UserError(
+            f"{path}: the dataset's preparation was interrupted; prepare it again, or wait if it is under way"
+        )
     if isinstance(meta, dict) and meta.get("dtype", "uint16") != "uint16":
         raise UserError(f"{path} says that token ids are {meta['dtype']}; only uint16 is read")
     size = meta.get("vocab_size") if isinstance(meta, dict) else None

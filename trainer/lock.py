@@ -19,18 +19,18 @@ HOLDER = ".lock.holder"
 
 
 @contextlib.contextmanager
-def held(out_dir: Path) -> Iterator[None]:
+def held(out_dir: Path, wait: float = 0) -> Iterator[None]:
     """Hold out_dir, made if it is not there, against other runs, on other hosts too where its file system can tell.
 
-    The system gives the lock back when the process ends, however it ends. Raises UserError if another run holds it or
-    the folder cannot be written.
+    The system gives the lock back when the process ends, however it ends. Raises UserError if another run holds it, for
+    longer than `wait` seconds, or the folder cannot be written.
     """
     made = not os.path.exists(out_dir)
     holder = out_dir / HOLDER
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         lock = FileLock(out_dir / LOCK)
-        lock.acquire(blocking=False)
+        lock.acquire(timeout=wait)
         holder.write_text(
             f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
         )

@@ -14,12 +14,17 @@ from torch import Tensor
 from trainer import checkpoint as checkpoints
 from trainer import settings as setting
 from trainer.arms import contradiction
+from trainer.environment import UNKNOWN
 from trainer.errors import UserError
 from trainer.ranks import Ranks, job
 from trainer.runlog import history_in, holds_a_run
 from trainer.settings import Settings
 from trainer.streams import DROPOUT_AND_NOISE, stream_seed
+from trainer.weights import OF_EXPERTS, digest, plain_names, without_state
 from trainer.weights import find as find_weights
+
+AUTO = "auto:"  # how an init_from begins that names weights to start from if there is nothing to resume
+BETA = "router_state.beta_coeff"
 
 
 @dataclass
@@ -29,6 +34,8 @@ class Start:
     settings: Settings
     saved: dict[str, Any] | None = None
     weights: dict[str, Tensor] | None = None  # of another run or of GPT-2, to start from
+    weights_from: str | None = None  # what init_from named when the run began; None: from scratch
+    weights_sha256: str | None = None  # of those weights
     vocab_size: int | None = None  # where the weights fix it
     changed: dict[str, list[Any]] = field(default_factory=dict)  # key: [before, now]
     notes: list[str] = field(default_factory=list)
@@ -69,7 +76,7 @@ def begin(given: dict[str, Any], again: bool = False) -> Start:
     init_from, out_dir = _whence(given)
     goes_on = (again or not starts_anew(init_from)) and checkpoints.exists(out_dir)
     if not goes_on:
-        return _from_weights(given, "scratch" if init_from == "auto" else init_from)
+        return _from_weights(given, "scratch" if init_from == "auto" else init_from.removeprefix(AUTO))
     saved, notes, damaged = checkpoints.newest(out_dir)
     before = _settings_in(saved, out_dir / checkpoints.NAME)
     for key in setting.names_with_role("model"):
@@ -85,45 +92,77 @@ def begin(given: dict[str, Any], again: bool = False) -> Start:
     if "arm" not in given and contradiction(merged.get("arm", ""), merged):
         merged["arm"] = ""  # the keys that are given make it another one
     s = setting.from_values(merged)
+    if s.max_iters < saved["iter_num"] and not s.eval_only:
+        raise UserError(
+            f"max_iters={s.max_iters}, but the checkpoint in {out_dir} is of step {saved['iter_num']}: steps cannot be "
+            "taken back; give a larger max_iters, or start a run with another --out_dir"
+        )
     changed = {
         key: [before[key], value]
         for key, value in s.flat().items()
         if key in before and before[key] != value and value != "auto" and key not in ("init_from", "out_dir")
     }
     notes += [f"resume: {key}={now}, before {was}" for key, (was, now) in changed.items()]
-    return Start(s, saved, None, saved["model_args"].get("vocab_size"), changed, notes, damaged)
+    vocab_size = saved["model_args"].get("vocab_size")
+    source, sha256 = _origin(saved, str(out_dir / checkpoints.NAME))
+    return Start(s, saved, None, source, sha256, vocab_size, changed, notes, damaged)
+
+
+def _origin(saved: dict[str, Any], path: str) -> tuple[str | None, str | None]:
+    """(weights_from, weights_sha256) of a run that is resumed from the checkpoint at `path`."""
+    if "weights_from" in saved:
+        return saved["weights_from"], saved.get("weights_sha256")
+    if not checkpoints.is_ours(saved):
+        return path, digest(plain_names(saved["model"]))
+    # an older version of this program recorded what the last start's init_from was, not the first one's
+    config = saved.get("config")
+    from_scratch = isinstance(config, dict) and config.get("init_from") == "scratch"
+    return (None, None) if from_scratch else (UNKNOWN, UNKNOWN)
 
 
 def _from_weights(given: dict[str, Any], source: str) -> Start:
-    """A new run, from scratch or from weights that are there; a key of the shape that is not given is theirs."""
+    """A new run, from scratch or from weights that are there; a key of the model that is not given is theirs.
+
+    To evaluate, the loop's settings and its state are theirs too; to train, the loop begins anew.
+    """
     if source == "scratch":
         return Start(setting.from_values(given))
-    weights, model_args = find_weights(source)
+    weights, found = find_weights(source)
     known = setting.keys()
-    theirs = {
-        k: setting.check(known[k], v, source) for k, v in model_args.items() if k in setting.names_with_role("model")
-    }
+    theirs = {key: setting.check(known[key], value, source) for key, value in found.items() if key in known}
     dense = theirs.get("n_exp", 1) == 1
-    may_change = {"n_exp", "stride", "use_noisy_top_k"} if dense else set()
-    for key, value in theirs.items():
-        cropped = key == "block_size" and given.get(key, value) < value
-        if given.get(key, value) != value and key not in may_change and not cropped:
+    for key in setting.names_with_role("model"):
+        value = theirs.get(key, given.get(key))
+        cropped = key == "block_size" and key in given and given[key] < value
+        may_change = dense and key in OF_EXPERTS
+        if given.get(key, value) != value and not may_change and not cropped:
             raise UserError(f"{key}={given[key]}, but the weights of {source} have {key}={value}: leave {key} out")
+    notes = [f"weights: from {source}"]
+    if dense or not given.get("eval_only"):
+        beta = weights.get(BETA)
+        if beta is not None and beta.any():
+            notes.append(f"weights: beta of {source} is not taken: it starts at 0")
+        weights = without_state(weights)
+        theirs = {key: value for key, value in theirs.items() if not key.startswith(setting.PREFIX)}
     if dense:
-        theirs = {k: v for k, v in theirs.items() if k not in may_change}
+        theirs = {key: value for key, value in theirs.items() if key not in OF_EXPERTS}
     s = setting.from_values(theirs | given)
-    return Start(s, weights=weights, vocab_size=model_args.get("vocab_size"), notes=[f"weights: from {source}"])
+    vocab_size, sha256 = found.get("vocab_size"), digest(without_state(weights))
+    return Start(s, None, weights, source, sha256, vocab_size, notes=notes)
 
 
 def _whence(given: dict[str, Any]) -> tuple[str, Path]:
     defaults = Settings()
     init_from = given.get("init_from", defaults.init_from)
+    source = init_from.removeprefix(AUTO)
+    if source != init_from and (source in ("", "auto", "resume") or source.startswith(AUTO)):
+        raise UserError(f"init_from={init_from!r}: write auto:gpt2, or auto:PATH of a checkpoint to start from")
     return init_from, Path(given.get("out_dir", defaults.out_dir))
 
 
 def starts_anew(init_from: str) -> bool:
-    """Not a run of its own that goes on."""
-    return init_from not in ("resume", "auto")
+    """Whether a checkpoint in out_dir is not resumed."""
+    return init_from not in ("resume", "auto") and not init_from.startswith(AUTO)
 
 
 def _settings_in(saved: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -134,25 +173,40 @@ def _settings_in(saved: dict[str, Any], path: Path) -> dict[str, Any]:
     return {key: setting.check(known[key], value, str(path)) for key, value in found.items() if key in known}
 
 
-def check_data(saved: dict[str, Any], dataset: str, now: dict[str, dict[str, Any]]) -> None:
-    """Raises UserError if the dataset's files are not those that the run began with."""
-    before = saved.get("data")
-    if not isinstance(before, dict) or saved.get("config", {}).get("dataset") != dataset:
-        return
-    for name, print_of in now.items():
-        was = before[name]["sha256"] if name in before else None
-        if was is not None and was != print_of["sha256"]:
+def known_files(start: Start) -> dict[str, dict[str, Any]] | None:
+    """The fingerprint of the files that a resumed run was trained on, if the dataset has the same name now."""
+    saved = start.saved or {}
+    before, config = saved.get("data"), saved.get("config")
+    same = isinstance(config, dict) and config.get("dataset") == start.settings.dataset
+    return before if same and isinstance(before, dict) else None
+
+
+def check_data(start: Start, now: dict[str, dict[str, Any]]) -> None:
+    """Compare the dataset's files with those that a resumed run was trained on.
+
+    Another dataset with other contents is recorded in start.changed. Raises UserError if files of the same dataset
+    have changed.
+    """
+    for name, was in (known_files(start) or {}).items():
+        if name in now and was["sha256"] != now[name]["sha256"]:
             raise UserError(
-                f"{name} of {dataset} has changed since the run began (sha256 {print_of['sha256'][:12]}..., then "
-                f"{was[:12]}...): put the old file back, or start a new run"
+                f"{name} of {start.settings.dataset} has changed since the run began (sha256 "
+                f"{now[name]['sha256'][:12]}..., then {was['sha256'][:12]}...): put the old file back, or start a new "
+                "run"
             )
+    before = start.saved.get("data") if start.saved else None
+    if isinstance(before, dict) and now:
+        was, is_now = ({name: look["sha256"] for name, look in files.items()} for files in (before, now))
+        if was != is_now:
+            start.changed["data_sha256"] = [was, is_now]
+            start.notes.append("resume: the data are others than before")
 
 
 def restore(saved: dict[str, Any], path: Path, model: Any, optimizer: Any, loop: Any, guard: Any, scaler: Any) -> None:
     """Put a checkpoint's state into what `build` made. Raises UserError if it does not fit."""
     try:
         # nanoMoE saves compiled models under a prefix, and knows no router_state
-        weights = {name.removeprefix("_orig_mod."): value for name, value in saved["model"].items()}
+        weights = plain_names(saved["model"])
         model.load_state_dict(model.router_state.state_dict(prefix="router_state.") | weights)
         # the fused step is the one that can be skipped on the device
         fused = [group | {"fused": True, "foreach": None} for group in saved["optimizer"]["param_groups"]]

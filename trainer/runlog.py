@@ -1,8 +1,8 @@
 """What a run leaves behind and what a person sees of it.
 
-In out_dir: config.json (every setting as resolved, what the run ran on, and a history of its starts), metrics.jsonl
-(a line a logged step), decisions.jsonl (a line when a prune candidate opens or is withdrawn). On the screen: a line a
-logged step.
+In out_dir: config.json (every setting as resolved, what the run ran on, a history of its starts, and what is missing
+from its logs), metrics.jsonl (a line per logged step), decisions.jsonl (a line when a prune candidate opens or is
+withdrawn). On the screen: a line per logged step.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from tqdm import tqdm
 
@@ -29,17 +29,19 @@ from trainer.wandb_run import WandbRun
 tqdm.set_lock(threading.RLock())  # its own would be a semaphore of the system's, which a killed process leaves behind
 
 
+# Keys of a checkpoint that RunLog reads on resume; 'random' says that this program wrote it.
+RECORD = ("lines", "lines_sha256", "history", "incomplete", "wandb_id", "unfinished", "random")
+
+
 class RunLog:
     """The run's files, its lines on the screen and its W&B run.
 
     Args:
         settings: the run's.
-        resolved: what config.json says, every setting and what the run runs on.
-        started: of this start, for config.json's history; those of earlier starts stay.
+        resolved: the keys of config.json, except `history` and `incomplete`.
+        started: this start, for the history; earlier starts are kept.
         step: that the run starts from; later lines, of a run that went on past its checkpoint, are dropped.
-        lines: how many lines of metrics.jsonl and decisions.jsonl stay; None: those of steps up to `step`.
-        wandb_id: of the W&B run to go on with.
-        resumed: config.json's history goes on.
+        saved: on resume, record_of the checkpoint.
 
     Raises UserError if out_dir cannot be written.
     """
@@ -50,9 +52,7 @@ class RunLog:
         resolved: dict[str, Any],
         started: dict[str, Any],
         step: int = 0,
-        lines: dict[str, int] | None = None,
-        wandb_id: str | None = None,
-        resumed: bool = False,
+        saved: dict[str, Any] | None = None,
     ):
         self.settings = settings
         self.out_dir = Path(settings.out_dir)
@@ -62,18 +62,23 @@ class RunLog:
         self.wandb: WandbRun | None = None
         self.behind = False  # lines wait in memory
         self.closed = False
+        config = self.out_dir / "config.json"
+        wandb_id = saved.get("wandb_id") if saved else None
         try:
             for name in ("config.json", "metrics.jsonl", "decisions.jsonl"):
                 remove_leftovers(self.out_dir / name)  # of a start that was killed
-            self.files = {
-                name: JsonLines(self.out_dir / f"{name}.jsonl", lines[name] if lines else None, step)
-                for name in ("metrics", "decisions")
-            }
-            history = history_in(self.out_dir / "config.json") if resumed else []
-            with whole_file(self.out_dir / "config.json") as f:
-                f.write(json.dumps(resolved | {"history": [*history, started]}, indent=2).encode() + b"\n")
+            self.files = self._open_logs(step, saved)
+            history, self.incomplete = _record_of(config, saved) if saved else ([], [])
+            damage = [f.damage for f in self.files.values() if f.damage]
+            self.incomplete += [sentence for sentence in damage if sentence not in self.incomplete]
+            self.history = json.loads(json.dumps([*history, started]))  # plain values, as config.json gives them back
+            resolved = resolved | {"incomplete": self.incomplete, "history": self.history}
+            with whole_file(config) as f:
+                f.write(json.dumps(resolved, indent=2).encode() + b"\n")
         except OSError as e:
             raise UserError(f"cannot write to out_dir {self.out_dir}: {e.strerror}") from None
+        for sentence in self.incomplete:
+            self.say(f"incomplete: {sentence}")
         if settings.wandb_log:
             identity = wandb_identity(settings)
             self.wandb = WandbRun(
@@ -82,20 +87,33 @@ class RunLog:
         if sys.stdout.isatty():
             self.bar = tqdm(total=settings.max_iters, initial=step, unit="step", dynamic_ncols=True, file=sys.stdout)
 
-    @property
-    def lines(self) -> dict[str, int]:
-        """Lines written so far, by file."""
-        return {name: f.count for name, f in self.files.items()}
+    def _open_logs(self, step: int, saved: dict[str, Any] | None) -> dict[str, JsonLines]:
+        saved = {"lines": {"metrics": 0, "decisions": 0}} if saved is None else saved
+        lines, sha256 = saved.get("lines") or {}, saved.get("lines_sha256") or {}
+        # a step whose evaluation was cut short has no line yet
+        last = {"metrics": step - 1 if saved.get("unfinished") else step, "decisions": step}
+        return {
+            name: JsonLines(
+                self.out_dir / f"{name}.jsonl", lines.get(name), upto, sha256.get(name), one_per_step=name == "metrics"
+            )
+            for name, upto in last.items()
+        }
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of the logs: lines written so far, their digests, the history, what is missing."""
+        return {
+            "lines": {name: f.count for name, f in self.files.items()},
+            "lines_sha256": {name: f.sha256 for name, f in self.files.items()},
+            "history": self.history,
+            "incomplete": self.incomplete,
+            "wandb_id": self.wandb.id if self.wandb else None,
+        }
 
     def sync(self) -> None:
         """Until the disk has every line. Raises OSError if it cannot."""
         for f in self.files.values():
             f.flush()
             f.sync()
-
-    @property
-    def wandb_id(self) -> str | None:
-        return self.wandb.id if self.wandb else None
 
     def say(self, line: str) -> None:
         """A line for the person."""
@@ -187,10 +205,7 @@ class RunLog:
 
 
 class NoLog:
-    """A RunLog's face on the ranks that do not log."""
-
-    lines: ClassVar = {}
-    wandb_id = None
+    """RunLog that does nothing, for ranks other than 0."""
 
     def say(self, line: str) -> None: ...
 
@@ -227,6 +242,11 @@ def wandb_identity(settings: Settings) -> dict[str, Any]:
     }
 
 
+def record_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """What RunLog reads of a checkpoint."""
+    return {key: value for key, value in checkpoint.items() if key in RECORD}
+
+
 def holds_a_run(out_dir: Path) -> bool:
     metrics = out_dir / "metrics.jsonl"
     # os.path's functions say False where a path is too long or hidden; Path's raise
@@ -235,9 +255,31 @@ def holds_a_run(out_dir: Path) -> bool:
 
 def history_in(path: Path) -> list[Any]:
     """The history in a config.json; empty where there is none that can be read."""
+    return _list_in(_read_config(path), "history")
+
+
+def _record_of(config_path: Path, saved: dict[str, Any]) -> tuple[list[Any], list[str]]:
+    """(history, incomplete) of a run that is resumed, from its checkpoint and its config.json.
+
+    config.json has the starts after the checkpoint too, but can be damaged or deleted.
+    """
+    config = _read_config(config_path)
+    incomplete = [*_list_in(saved, "incomplete")]
+    incomplete += [sentence for sentence in _list_in(config, "incomplete") if sentence not in incomplete]
+    written, kept = _list_in(config, "history"), _list_in(saved, "history")
+    if not kept and not written and checkpoint.is_ours(saved):
+        incomplete.append("config.json: the history of the run's starts is lost")
+    return (written if written[: len(kept)] == kept else kept), incomplete
+
+
+def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = parse_json(read_text(path))
     except (OSError, ValueError):
-        return []
-    history = config.get("history") if isinstance(config, dict) else None
-    return history if isinstance(history, list) else []
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _list_in(record: dict[str, Any], key: str) -> list[Any]:
+    value = record.get(key)
+    return value if isinstance(value, list) else []

@@ -1,13 +1,21 @@
-"""Ctrl-C, SIGTERM and a terminal that closes let the step end; a second signal stops at once."""
+"""Ctrl-C, SIGTERM and a terminal that closes let the step end; a second signal stops at once.
+
+If the environment has CHRONO_STOP_WITH_PARENT=PID, the end of that process, which started this one, is a SIGTERM too.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 
+from trainer.errors import UserError
+
+PARENT = "CHRONO_STOP_WITH_PARENT"
+POLL = 0.5  # seconds between looks at the parent
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 STDERR = 2
 
@@ -20,7 +28,13 @@ def _say(line: bytes) -> None:
 
 @contextlib.contextmanager
 def caught_signals(ranks: int = 1) -> Iterator[list[int]]:
-    """Within the block, a list that holds the number of the first signal once it has come."""
+    """Within the block, a list that holds the number of the first signal once it has come.
+
+    Raises UserError if CHRONO_STOP_WITH_PARENT is no process id.
+    """
+    parent = os.environ.get(PARENT)
+    if parent and not parent.isdecimal():
+        raise UserError(f"{PARENT}={parent!r} must be the process id of the program that started this one")
     caught: list[int] = []
     first = 0.0
     # with several ranks one Ctrl-C comes twice, from the terminal and from torchrun
@@ -41,8 +55,21 @@ def caught_signals(ranks: int = 1) -> Iterator[list[int]]:
 
     heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
     before = {number: signal.signal(number, handle) for number in heard}
+    ended = threading.Event()
+    if parent:
+        threading.Thread(target=_stop_with, args=(int(parent), caught, ended), name="parent", daemon=True).start()
     try:
         yield caught
     finally:
+        ended.set()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _stop_with(parent: int, caught: list[int], ended: threading.Event) -> None:
+    """Send this process a SIGTERM once its parent is another one, unless a signal has come before."""
+    while not ended.wait(POLL):
+        if os.getppid() != parent:
+            if not caught:  # a second signal would end the process at once
+                os.kill(os.getpid(), signal.SIGTERM)
+            return
