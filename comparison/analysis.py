@@ -1,4 +1,9 @@
-"""What is compared, fixed before any run: one primary outcome, the secondary ones, and the contrasts between arms."""
+"""What is compared, fixed before any run, and what may be said of it.
+
+One outcome has a verdict: the validation loss. Its two contrasts are tested in a fixed sequence, `on` against `off` at
+5%, and `on` against `shuffled` at 5% only where the first found an effect. So a study without any effect claims one in
+at most 5% of cases. Everything else is described by intervals and has no verdict.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +11,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-
-from comparison.runs import Run, pairs
-from comparison.statistics import ALPHA, FEWEST_PAIRS, POWER, Contrast, contrast, holm
+from comparison.runs import Arms, Run, confounders, pairs
+from comparison.statistics import FEWEST_PAIRS, POWER, Contrast, contrast
 
 PRIMARY = "mean validation loss of the last quarter"
-CONTRASTS = (("on", "off"), ("on", "shuffled"))  # those of the primary outcome
-OTHER_CONTRASTS = (("shuffled", "off"), ("load", "off"))  # shown beside them, without a verdict
+FIRST, SECOND = ("on", "off"), ("on", "shuffled")  # contrasts of the primary outcome, in their order
+OTHERS = (("shuffled", "off"), ("load", "off"))  # contrasts that are described
 
 
 @dataclass(frozen=True)
@@ -27,19 +30,41 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Row:
-    """One contrast of one outcome. `corrected` is p after Holm's correction; None where there is none."""
+    """One contrast of one outcome."""
 
     outcome: Outcome
     a: str
     b: str
     differences: dict[int, float]  # by seed
     contrast: Contrast
-    corrected: float | None = None
+    confounders: list[str]  # settings in which the arms differ besides those that define them
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Every contrast of a comparison."""
+
+    primary: list[Row]  # FIRST and SECOND, those whose arms are there
+    described: list[Row]  # other contrasts of the primary outcome, then other outcomes
+    check: list[Row]  # layer coherence, which says whether beta acted
+    mixed_pairs: list[str]  # a line for each pair that is left out
+
+    @property
+    def warnings(self) -> list[str]:
+        """A line for each two arms that differ in more than what defines them, and for each pair left out."""
+        found = {(r.a, r.b): r.confounders for r in (*self.primary, *self.described) if r.confounders}
+        return [
+            f"'{a}' and '{b}' differ also in {', '.join(keys)}: no effect of the arm can be told from these"
+            for (a, b), keys in found.items()
+        ] + self.mixed_pairs
+
+    def row(self, arms: tuple[str, str]) -> Row | None:
+        return next((r for r in self.primary if (r.a, r.b) == arms), None)
 
 
 def last_quarter(run: Run, ending: str) -> float:
     """Mean over the last quarter of the run, and over layers, of the metrics with that name or ending."""
-    start = 0.75 * run.config["max_iters"]
+    start = 0.75 * run.steps
     values = [
         value
         for line in run.lines
@@ -64,95 +89,128 @@ def steps_to_loss(run: Run, target: float) -> float:
 
 
 def outcomes(runs: list[Run]) -> tuple[Outcome, list[Outcome], Outcome]:
-    """(primary, secondary, check). The check says whether beta acted; it is no outcome, because beta selects for it."""
+    """(primary, others, check). The check says whether beta acted; it is no outcome, because beta selects for it."""
     target = max(run.series("val/loss")[1][-1] for run in runs)
     primary = Outcome(PRIMARY, "nats", lambda run: last_quarter(run, "val/loss"))
-    secondary = [
+    others = [
         Outcome("final validation loss", "nats", lambda run: run.series("val/loss")[1][-1]),
         Outcome("mean Neff of the last quarter", "experts", lambda run: last_quarter(run, "neff")),
         Outcome("mean load CV of the last quarter", "", lambda run: last_quarter(run, "load_cv")),
         Outcome(f"steps to a validation loss of {target:.3f}", "steps", lambda run: steps_to_loss(run, target)),
     ]
     check = Outcome("mean layer coherence of the last quarter", "", lambda run: last_quarter(run, "layer"))
-    return primary, secondary, check
+    return primary, others, check
 
 
-def row(arms: dict[str, dict[int, Run]], outcome: Outcome, a: str, b: str) -> Row | None:
-    """The contrast a - b of an outcome, or None with fewer than two pairs that have it."""
-    both = [(run_a.seed, outcome.of(run_a) - outcome.of(run_b)) for run_a, run_b in pairs(arms, a, b)]
-    differences = {seed: d for seed, d in both if math.isfinite(d)}
-    if len(differences) < 2:
-        return None
-    return Row(outcome, a, b, differences, contrast(list(differences.values())))
+def margin_of(arms: Arms, a: str, b: str) -> float | None:
+    """The margin that the runs of both arms declare; None if they declare none, or not the same."""
+    margins = {run.config.get("margin") for arm in (a, b) for run in arms[arm].values()}
+    return margins.pop() if len(margins) == 1 else None
 
 
-def analyse(arms: dict[str, dict[int, Run]]) -> tuple[list[Row], list[Row], list[Row]]:
-    """(primary, secondary, check) rows of every contrast whose arms are there; secondary p-values are corrected."""
-    primary, secondary, check = outcomes([run for members in arms.values() for run in members.values()])
+def analyse(arms: Arms) -> Analysis:
+    """All contrasts whose arms are there and have two pairs or more."""
+    primary, others, check = outcomes([run for members in arms.values() for run in members.values()])
+    mixed: list[str] = []
 
-    def rows(outcome: Outcome, wanted: tuple) -> list[Row]:
-        found = [row(arms, outcome, a, b) for a, b in wanted if a in arms and b in arms]
-        return [r for r in found if r is not None]
+    differ = {(a, b): confounders(arms, a, b) for a, b in (FIRST, SECOND, *OTHERS) if a in arms and b in arms}
 
-    second = [r for outcome in secondary for r in rows(outcome, CONTRASTS)]
-    second += rows(primary, OTHER_CONTRASTS)
-    corrected = holm([r.contrast.p for r in second])
-    second = [Row(r.outcome, r.a, r.b, r.differences, r.contrast, p) for r, p in zip(second, corrected)]
-    return rows(primary, CONTRASTS), second, rows(check, CONTRASTS)
+    def rows(outcome: Outcome, wanted: tuple[tuple[str, str], ...]) -> list[Row]:
+        return [r for pair in wanted if pair in differ and (r := row(outcome, *pair)) is not None]
+
+    def row(outcome: Outcome, a: str, b: str) -> Row | None:
+        good, different_code = pairs(arms, a, b)
+        mixed.extend(line for line in different_code if line not in mixed)
+        both = {x.seed: outcome.of(x) - outcome.of(y) for x, y in good}
+        found = {seed: difference for seed, difference in both.items() if math.isfinite(difference)}
+        if len(found) < 2:
+            return None
+        margin = margin_of(arms, a, b) if outcome is primary else None
+        return Row(outcome, a, b, found, contrast(list(found.values()), margin), differ[a, b])
+
+    described = rows(primary, OTHERS)
+    described += [r for outcome in others for r in rows(outcome, (FIRST, SECOND))]
+    return Analysis(rows(primary, (FIRST, SECOND)), described, rows(check, (FIRST, SECOND)), mixed)
 
 
-def verdict(r: Row) -> str:
+def no_verdict(analysis: Analysis, arms: tuple[str, str]) -> str | None:
+    """Why a contrast of the primary outcome has no verdict, or None if it has one."""
+    r = analysis.row(arms)
+    if r is None:
+        return f"there are fewer than two pairs of runs of '{arms[0]}' and '{arms[1]}'"
+    if r.confounders:
+        return f"'{r.a}' and '{r.b}' differ also in {', '.join(r.confounders)}"
+    if not r.contrast.enough:
+        n = r.contrast.n
+        return f"{n} pairs cannot give a p below {2 / 2**n:.3g}; it takes {FEWEST_PAIRS}"
+    if arms == SECOND and (no_verdict(analysis, FIRST) is not None or not analysis.row(FIRST).contrast.found):
+        return f"it is tested only where '{FIRST[0]}' against '{FIRST[1]}' finds an effect"
+    return None
+
+
+def verdict(analysis: Analysis, r: Row) -> str:
     """One plain sentence on a contrast of the primary outcome."""
     c = r.contrast
-    what = f"{r.a} against {r.b}: the {r.outcome.name} differs by {c.mean:+.4f} {r.outcome.unit}"
-    if not c.enough:
-        return (
-            f"{what} over {c.n} pairs: no verdict, because {c.n} pairs cannot give a p below "
-            f"{2 / 2**c.n:.3g}; it takes {FEWEST_PAIRS}."
-        )
-    numbers = f"95% interval {c.low:+.4f} to {c.high:+.4f}, exact p = {c.p:.3g}, {c.n} pairs"
+    what = f"{r.a} against {r.b}: the {r.outcome.name} differs by {c.mean:+.4f} {r.outcome.unit} over {c.n} pairs"
+    if c.enough:
+        what += f" (95% interval {c.low:+.4f} to {c.high:+.4f})"
+    reason = no_verdict(analysis, (r.a, r.b))
+    if reason is not None:
+        return f"{what}. No verdict: {reason}."
+    p = f"{'exact' if c.exact else 'sampled'} p = {c.p:.3g}"
     if c.found:
-        return f"{what} ({numbers}): '{r.a}' {'lowers' if c.mean < 0 else 'raises'} the loss."
-    return (
-        f"{what} ({numbers}): no effect found; so many pairs find one of {c.smallest_found:.4f} {r.outcome.unit} "
-        f"in {POWER:.0%} of studies."
-    )
+        size = f", by less than the margin of {c.margin:g}" if c.equivalent else ""
+        return f"{what}. An effect ({p}): '{r.a}' {'lowers' if c.mean < 0 else 'raises'} the loss{size}."
+    if c.equivalent:
+        return (
+            f"{what}. No effect larger than the margin of {c.margin:g} {r.outcome.unit}: two one-sided tests, "
+            f"p = {c.p_equivalence:.3g}, 90% interval {c.inner_low:+.4f} to {c.inner_high:+.4f}."
+        )
+    return f"{what}. Undecided ({p}): {what_would_decide(c)}."
 
 
-def same_against_same(arms: dict[str, dict[int, Run]], pairings: int = 1000) -> str | None:
-    """A sentence on comparing `off` with `off` under other seeds: how often an effect is claimed that is not there.
-
-    The `off` runs are paired at random, again and again. Such pairings share runs, so their claims are not independent:
-    the share is a check of the test on real runs, with an uncertainty larger than their number suggests.
-    """
-    values = [last_quarter(run, "val/loss") for run in arms.get("off", {}).values()]
-    n = len(values) // 2
-    if n < FEWEST_PAIRS:
-        return None
-    rng = np.random.default_rng(0)
-    drawn = rng.permuted(np.tile(values, (pairings, 1)), axis=1)
-    claims = np.mean([contrast(row[:n] - row[n : 2 * n]).found for row in drawn])
-    return (
-        f"off against off: of {pairings} random pairings of the {len(values)} runs into {n} pairs, {claims:.1%} claim "
-        f"an effect where there is none; {ALPHA:.0%} are to be expected at most."
-    )
+def what_would_decide(c: Contrast) -> str:
+    """How many pairs would turn an undecided contrast into one of the other two verdicts, in words."""
+    needed = c.pairs_to_decide
+    if needed is None:
+        return "the runs declare no margin, so that there is no effect cannot be shown"
+    n, low, high = needed
+    return f"by the spread of these pairs, about {n} pairs ({low} to {high}) decide about {c.margin:g} nats"
 
 
-def conclusion(primary: list[Row]) -> str:
-    """What the two contrasts say together."""
-    by_arms = {(r.a, r.b): r for r in primary}
-    against_off, against_shuffled = (by_arms.get(pair) for pair in CONTRASTS)
-    if against_off is None or not against_off.contrast.enough:
-        return "No verdict: there are too few pairs of runs with beta on and off."
-    if not against_off.contrast.found:
-        return "No effect of beta on the validation loss was found."
-    effect = "lowers" if against_off.contrast.mean < 0 else "raises"
-    if against_shuffled is None or not against_shuffled.contrast.enough:
-        return f"Beta {effect} the validation loss; whether coherence is the cause is open without the shuffled arm."
-    same_way = against_shuffled.contrast.mean * against_off.contrast.mean > 0
-    if against_shuffled.contrast.found and same_way:
-        return f"Beta {effect} the validation loss, and more than a beta that follows another expert's coherence."
-    return (
-        f"Beta {effect} the validation loss, but no more than a beta that follows another expert's coherence: "
-        "coherence was not shown to be the cause."
-    )
+def conclusion(analysis: Analysis) -> str:
+    """The verdict in one sentence."""
+    first, second = analysis.row(FIRST), analysis.row(SECOND)
+    reason = no_verdict(analysis, FIRST)
+    if reason is not None:
+        return f"No verdict: {reason}."
+    c = first.contrast
+    if not c.found:
+        if c.equivalent:
+            return f"Beta has no effect on the validation loss larger than the margin of {c.margin:g} nats."
+        return f"Undecided: beta may lower the validation loss, raise it or do neither; {what_would_decide(c)}."
+    effect = f"Beta {'lowers' if c.mean < 0 else 'raises'} the validation loss"
+    reason = no_verdict(analysis, SECOND)
+    if reason is not None:
+        return f"{effect}; whether coherence is the cause is open ({SECOND[0]} against {SECOND[1]}: {reason})."
+    placebo = "a beta that follows another expert's coherence"
+    if second.contrast.found:
+        more = second.contrast.mean * c.mean > 0
+        return f"{effect}, and {'more' if more else 'less'} than {placebo} does."
+    if second.contrast.equivalent:
+        return (
+            f"{effect}. {placebo.capitalize()} gives the same loss within the margin of {c.margin:g} nats, so "
+            "coherence is not the cause of more than that."
+        )
+    return f"{effect}; whether more or less than {placebo} does is undecided."
+
+
+def planning_figure(c: Contrast) -> str:
+    """The effect that so many pairs find in 80% of studies, with the uncertainty of the spread; empty below 6 pairs."""
+    if not c.enough:
+        return ""
+    value, low, high = c.planning
+    return f"{value:.3g} ({low:.2g} to {high:.2g})"
+
+
+POWER_COLUMN = f"effect found in {POWER:.0%} of studies"

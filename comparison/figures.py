@@ -15,12 +15,10 @@ from matplotlib.figure import Figure
 
 from comparison.analysis import Row
 from comparison.probe import Probe
-from comparison.runs import Run
+from comparison.runs import Arms, Run
 
 COLOURS = {"off": "#8c8c8c", "on": "#2f7fc1", "shuffled": "#e07b1a", "load": "#3a9a4b"}
 INK = "#808080"  # readable on white and on black
-
-Arms = dict[str, dict[int, Run]]
 
 matplotlib.rcParams.update(
     {
@@ -62,13 +60,16 @@ def curves(arms: Arms, name: str, label: str, skip: int = 0, log: bool = False, 
 
 
 def differences(rows: list[Row]) -> Figure:
-    """Each pair's difference in the primary outcome, its mean and 95% interval, a column a contrast."""
+    """Each pair's difference in the primary outcome, its mean, 95% interval and margin, one column per contrast."""
     figure, axis = subplots()
     for column, r in enumerate(rows):
         values = list(r.differences.values())
         axis.plot(column + np.linspace(-0.12, 0.12, len(values)), values, "o", color=COLOURS["on"], alpha=0.7)
         c = r.contrast
-        axis.errorbar(column + 0.25, c.mean, [[c.mean - c.low], [c.high - c.mean]], fmt="s", color=INK, capsize=4)
+        reach = [[c.mean - c.low], [c.high - c.mean]] if c.enough else None
+        axis.errorbar(column + 0.25, c.mean, reach, fmt="s", color=INK, capsize=4)
+        if c.margin is not None:
+            axis.fill_between([column - 0.4, column + 0.4], -c.margin, c.margin, color=INK, alpha=0.12, linewidth=0)
     axis.axhline(0, color=INK, linewidth=1, linestyle=":")
     axis.set_xticks(range(len(rows)), [f"{r.a} - {r.b}" for r in rows])
     axis.set(xlim=(-0.5, len(rows) - 0.5), ylabel=f"difference in loss, {rows[0].outcome.unit}")

@@ -7,15 +7,16 @@ validation batches: the difference in loss, the share of the top-K set that beta
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from chronomoe import ChronoConfig, ChronoRouter, Routing
+from comparison.runs import Run
 from model import GPT, GPTConfig
 from trainer import checkpoint
 from trainer.data import EVAL_SEED, TokenData, open_dataset
+from trainer.errors import UserError
 from trainer.settings import PREFIX
 
 
@@ -30,9 +31,22 @@ class Probe:
     gate_mass_moved: float  # 0 to 1
 
 
-def load_model(folder: Path) -> tuple[GPT, TokenData]:
-    """A run's trained model in eval mode, on the CPU, and its data. Raises UserError if there is no checkpoint."""
-    saved = checkpoint.newest(folder)[0]
+def load_model(run: Run) -> tuple[GPT, TokenData]:
+    """A run's trained model in eval mode, on the CPU, and its data.
+
+    Raises UserError if the checkpoint of the run's last step is not there and whole.
+    """
+    if run.folder is None:
+        raise UserError("its checkpoint is not here")
+    path = run.folder / checkpoint.NAME
+    try:
+        saved = checkpoint.load(path)
+    except FileNotFoundError:
+        raise UserError(f"there is no {path}") from None
+    except checkpoint.Damaged as e:
+        raise UserError(f"{path} is damaged: {e}") from None
+    if saved["iter_num"] != run.steps:
+        raise UserError(f"{path} is of step {saved['iter_num']}, the run ended at {run.steps}")
     config = saved["config"]
     steps = {name.removeprefix(PREFIX): value for name, value in config.items() if name.startswith(PREFIX)}
     model = GPT(GPTConfig(**saved["model_args"], chrono=ChronoConfig(**steps)))
@@ -40,10 +54,14 @@ def load_model(folder: Path) -> tuple[GPT, TokenData]:
     return model.eval(), open_dataset(config["dataset"], config["block_size"])
 
 
+def probe(run: Run, batches: int = 8, batch_size: int = 16) -> list[Probe]:
+    """Probe a run's trained model at every top_k. Raises UserError as `load_model`."""
+    return probe_model(*load_model(run), batches, batch_size)
+
+
 @torch.no_grad()
-def probe(folder: Path, batches: int = 8, batch_size: int = 16) -> list[Probe]:
-    """Probe the run in a folder at every top_k."""
-    model, data = load_model(folder)
+def probe_model(model: GPT, data: TokenData, batches: int, batch_size: int) -> list[Probe]:
+    """Probe a model at every top_k."""
     results = []
     for top_k in range(1, model.config.n_exp + 1):
         with_beta = _evaluate(model, data, top_k, batches, batch_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 import re
 from datetime import date
 from pathlib import Path
@@ -15,18 +16,31 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from comparison import figures
-from comparison.analysis import Row, analyse, conclusion, same_against_same, verdict
+from comparison.analysis import (
+    POWER_COLUMN,
+    Analysis,
+    Row,
+    analyse,
+    conclusion,
+    no_verdict,
+    planning_figure,
+    verdict,
+)
 from comparison.probe import Probe, probe
-from comparison.runs import Run
+from comparison.runs import Arms, Run
 from trainer.errors import UserError
-from trainer.files import whole_file
+from trainer.files import parse_json, read_text, whole_file
 
-COLUMNS = ["outcome", "contrast", "pairs", "mean difference", "95% interval", "p", "found in 80%"]
+COLUMNS = ["outcome", "contrast", "pairs", "mean difference", "95% interval", "p", "verdict", POWER_COLUMN]
 NOTE = (
-    "The primary outcome and its two contrasts were fixed in advance. p is the exact sign-flip test's; those of the "
-    "secondary outcomes are corrected for their number (Holm). The last column is the effect that so many pairs, with "
-    "the spread observed, find in 80% of studies. Layer coherence is a check that beta acted and no outcome, because "
-    "beta selects for it."
+    "One outcome has a verdict, the validation loss. It, its contrasts and their order were fixed in advance: 'on' "
+    "against 'off' is tested at 5%; 'on' against 'shuffled' at 5%, only where the first finds an effect. So a study "
+    "without any effect claims one in at most 5% of cases. p is that of the sign-flip test, and the intervals invert "
+    "that test. The margin was declared in the settings of the runs: 'no effect' says that two one-sided tests at 5% "
+    "exclude effects as large. The other rows are described by intervals, not corrected for their number. The last "
+    "column is for planning: the effect that so many pairs find in 80% of studies, by the spread seen, with the 95% "
+    "interval that follows from knowing the spread from these pairs only. Smaller effects are found too, less often. "
+    "Layer coherence is a check that beta acted and no outcome, because beta selects for it."
 )
 
 
@@ -34,41 +48,79 @@ NOTE = (
 class Comparison:
     """All that a report tells."""
 
-    arms: dict[str, dict[int, Run]]
+    arms: Arms
     differing: dict[str, list[str]]  # settings, and the values they have
     left_out: list[str]
     command: str
-    primary: list[Row]
-    secondary: list[Row]
-    check: list[Row]
+    analysis: Analysis
     probes: dict[str, list[Probe]]  # by arm, of one seed's models
+    looks: list[dict[str, Any]]  # what the reports that were written here before looked at
+    lost_looks: str | None = None  # why that is not known
+
+    @property
+    def rows(self) -> list[Row]:
+        return [*self.analysis.primary, *self.analysis.described, *self.analysis.check]
 
     @property
     def sentences(self) -> list[str]:
-        """The verdicts in words, one a contrast, and what comparing like with like gives."""
-        like = same_against_same(self.arms)
-        return [verdict(r) for r in self.primary] + ([like] if like else [])
+        """What bears on the verdict, then the verdicts in words, one for each contrast."""
+        verdicts = [verdict(self.analysis, r) for r in self.analysis.primary]
+        return [*self.analysis.warnings, *self.extensions, *verdicts]
+
+    @property
+    def extensions(self) -> list[str]:
+        """A sentence for each earlier report over fewer of these runs, or over fewer steps."""
+        now, found = self.look, []
+        if self.lost_looks is not None:
+            found.append(f"Whether this study was extended after an earlier report is not known: {self.lost_looks}.")
+        for before in self.looks:
+            runs = set(before["runs"])
+            if runs <= set(now["runs"]) and (len(runs) < len(now["runs"]) or before["steps"] < now["steps"]):
+                found.append(
+                    f"This study was extended after its report was written: on {before['date']} it had {len(runs)} "
+                    f"runs of {before['steps']} steps. A study that is extended after a look at its result claims "
+                    "effects more often than p says."
+                )
+        return found
+
+    @property
+    def look(self) -> dict[str, Any]:
+        """What this report looks at: its runs and their steps."""
+        labels = sorted(f"{arm} {seed}" for arm, members in self.arms.items() for seed in members)
+        steps = max(run.steps for members in self.arms.values() for run in members.values())
+        return {"date": str(date.today()), "runs": labels, "steps": steps}
 
     @property
     def shown(self) -> dict[str, Run]:
-        """One run an arm, of the same seed where possible: what per-expert figures show."""
+        """One run of each arm, of the same seed where possible: what per-expert figures show."""
         common = set.intersection(*(set(members) for members in self.arms.values()))
         seed = min(common) if common else None
         return {arm: members.get(seed, next(iter(members.values()))) for arm, members in self.arms.items()}
 
 
-def compare(
-    arms: dict[str, dict[int, Run]], differing: dict[str, list[str]], left_out: list[str], command: str
-) -> Comparison:
-    """Analyse the arms and probe one trained model of each that has a beta."""
-    comparison = Comparison(arms, differing, list(left_out), command, *analyse(arms), probes={})
+def compare(arms: Arms, differing: dict[str, list[str]], left_out: list[str], command: str, out: Path) -> Comparison:
+    """Analyse the arms and probe one trained model of each that has a beta. out: where the report will be."""
+    comparison = Comparison(arms, differing, list(left_out), command, analyse(arms), {}, *earlier_looks(out))
     for arm, run in comparison.shown.items():
         if run.config.get("chrono_beta"):
             try:
-                comparison.probes[arm] = probe(run.folder)
+                comparison.probes[arm] = probe(run)
             except UserError as e:
-                comparison.left_out.append(f"constraint probe of {arm}: {e}")
+                comparison.left_out.append(f"constraint probe of {arm} ({run.name}): {e}")
     return comparison
+
+
+def earlier_looks(out: Path) -> tuple[list[dict[str, Any]], str | None]:
+    """What the reports that were written into `out` before looked at, the oldest first; or why that is not known."""
+    path = out / "comparison.json"
+    try:
+        looks = parse_json(read_text(path))["looks"]
+        found = [{"date": str(k["date"]), "runs": [str(r) for r in k["runs"]], "steps": int(k["steps"])} for k in looks]
+        return found, None
+    except FileNotFoundError:
+        return [], None
+    except (OSError, ValueError, KeyError, TypeError):
+        return [], f"{path} was written by an older version or is damaged"
 
 
 def write(out: Path, comparison: Comparison) -> dict[str, Path]:
@@ -103,8 +155,8 @@ def draw(c: Comparison) -> list[tuple[str, str, Figure]]:
     seeds = {run.seed for run in c.shown.values()}
     one = f"Seed {min(seeds)} of each arm." if len(seeds) == 1 else "One run of each arm."
     found = [
-        ("Paired differences", "A dot a seed; square and bar: mean and 95% interval.",
-         figures.differences(c.primary) if c.primary else None),
+        ("Paired differences", "Each dot is one seed; square and bar: mean and 95% interval.",
+         figures.differences(c.analysis.primary) if c.analysis.primary else None),
         ("Validation loss", f"{band} The first tenth is left out.",
          figures.curves(c.arms, "val/loss", "validation loss, nats per token", skip=start)),
         ("Disagreement", f"Clean against used routing. {band}", figures.curves(c.arms, "/js", "JS, nats", log=True)),
@@ -138,7 +190,7 @@ def as_html(c: Comparison, drawn: list[tuple[str, str, str]]) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     first = next(iter(c.shown.values()))
     return environment.from_string(template).render(
-        conclusion=conclusion(c.primary),
+        conclusion=conclusion(c.analysis),
         verdicts=c.sentences,
         counts=_counts(c),
         steps=f"{first.config['max_iters']:,}",
@@ -149,14 +201,14 @@ def as_html(c: Comparison, drawn: list[tuple[str, str, str]]) -> str:
         figures=drawn,
         note=NOTE,
         columns=COLUMNS,
-        rows=[cells(r) for r in (*c.primary, *c.secondary, *c.check)],
+        rows=[cells(c.analysis, r) for r in c.rows],
         command=c.command,
     )
 
 
 def as_markdown(c: Comparison, drawn: list[tuple[str, str, str]]) -> str:
     first = next(iter(c.shown.values()))
-    lines = ["# Beta on against beta off", "", f"**{conclusion(c.primary)}**", ""]
+    lines = ["# Beta on against beta off", "", f"**{conclusion(c.analysis)}**", ""]
     lines += [f"- {sentence}" for sentence in c.sentences]
     lines += ["", f"{_counts(c)}; {first.config['max_iters']:,} steps on {first.config['dataset']}. {date.today()}."]
     if c.left_out:
@@ -164,7 +216,7 @@ def as_markdown(c: Comparison, drawn: list[tuple[str, str, str]]) -> str:
     lines += ["", "Settings in which these runs differ:", ""]
     lines += [f"- `{key}`: {', '.join(values)}" for key, values in c.differing.items()]
     lines += ["", "## All contrasts", "", NOTE, "", _table(COLUMNS), _table(["---"] * len(COLUMNS))]
-    lines += [_table(cells(r)) for r in (*c.primary, *c.secondary, *c.check)]
+    lines += [_table(cells(c.analysis, r)) for r in c.rows]
     for title, caption, path in drawn:
         lines += ["", f"## {title}", "", f"![{title}]({path})", "", caption]
     return "\n".join([*lines, "", "## The command", "", f"    {c.command}"]) + "\n"
@@ -174,11 +226,13 @@ def as_numbers(c: Comparison) -> dict[str, Any]:
     """comparison.json: what the report says, and each run's validation losses."""
 
     def plain(r: Row) -> dict[str, Any]:
-        numbers = dataclasses.asdict(r.contrast)
+        k = r.contrast
+        numbers = dataclasses.asdict(k) | {"planning": k.planning if k.enough else None}
+        numbers |= {"pairs_to_decide": k.pairs_to_decide, "verdict": short_verdict(c.analysis, r)}
         # JSON has no infinity
-        numbers["smallest_found"] = r.contrast.smallest_found if r.contrast.enough else None
+        finite = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in numbers.items()}
         named = {"outcome": r.outcome.name, "a": r.a, "b": r.b, "differences": r.differences}
-        return named | {"p_holm": r.corrected} | numbers
+        return named | {"confounders": r.confounders} | finite
 
     losses = {
         arm: {seed: dict(zip(*run.series("val/loss"))) for seed, run in sorted(members.items())}
@@ -187,11 +241,12 @@ def as_numbers(c: Comparison) -> dict[str, Any]:
     return {
         "command": c.command,
         "date": str(date.today()),
-        "conclusion": conclusion(c.primary),
+        "conclusion": conclusion(c.analysis),
         "verdicts": c.sentences,
         "differing": c.differing,
         "left_out": c.left_out,
-        **{name: [plain(r) for r in getattr(c, name)] for name in ("primary", "secondary", "check")},
+        "looks": [*c.looks, *([] if c.looks and c.looks[-1]["runs"] == c.look["runs"] else [c.look])],
+        **{name: [plain(r) for r in getattr(c.analysis, name)] for name in ("primary", "described", "check")},
         "probes": {arm: [dataclasses.asdict(p) for p in found] for arm, found in c.probes.items()},
         "validation_loss": losses,
     }
@@ -201,12 +256,21 @@ def _counts(c: Comparison) -> str:
     return "Runs: " + ", ".join(f"{arm} {len(members)}" for arm, members in c.arms.items())
 
 
-def cells(r: Row) -> list[str]:
-    c = r.contrast
-    p = c.p if r.corrected is None else r.corrected
+def short_verdict(analysis: Analysis, r: Row) -> str:
+    """'effect', 'no effect', 'undecided', or 'none' for a row that has no verdict."""
+    if r not in analysis.primary or no_verdict(analysis, (r.a, r.b)) is not None:
+        return "none"
+    return "effect" if r.contrast.found else "no effect" if r.contrast.equivalent else "undecided"
+
+
+def cells(analysis: Analysis, r: Row) -> list[str]:
+    """The row of the table under COLUMNS."""
+    c, judged = r.contrast, short_verdict(analysis, r)
     difference = f"{c.mean:+.4g} {r.outcome.unit}".strip()
-    found = [f"{p:.3g}", f"{c.smallest_found:.3g}"] if c.enough else ["none", "none"]
-    return [r.outcome.name, f"{r.a} - {r.b}", str(c.n), difference, f"{c.low:+.4g} to {c.high:+.4g}", *found]
+    interval = f"{c.low:+.4g} to {c.high:+.4g}" if c.enough else ""
+    p = "" if judged == "none" else f"{c.p:.3g}" if c.exact else f"{c.p:.3g} (sampled)"
+    note = "confounded" if r.confounders else judged if r in analysis.primary else ""
+    return [r.outcome.name, f"{r.a} - {r.b}", str(c.n), difference, interval, p, note, planning_figure(c)]
 
 
 def _table(cells: list[str]) -> str:

@@ -1,45 +1,68 @@
-"""Runs as they lie on disk, and which of them may be compared."""
+"""Finished runs, from disk or from W&B, and which of them may be compared.
+
+What two runs must have in common follows from the role of each setting (trainer/settings.py) and of each key that
+config.json has beside the settings (trainer/environment.py). No list is kept here.
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trainer.arms import ARMS, arm_of
+from chronomoe.options import is_active
+from trainer.arms import ARMS, CUSTOM, contradiction
+from trainer.environment import ENVIRONMENT, UNKNOWN
 from trainer.errors import UserError
 from trainer.files import parse_json, read_text
+from trainer.settings import COMPARED, keys
 
-# What may differ between runs of one arm: names and places, not what is computed.
-NAMES = {
-    *("out_dir", "seed", "init_from", "wandb_log", "wandb_project", "wandb_run_name", "log_interval", "history"),
-    *("checkpoint_interval", "checkpoint_minutes", "always_save_checkpoint"),
-}
-# What a run's bits depend on beside its settings: told when it differs, no reason to refuse.
-SURROUNDINGS = {"threads", "python", "torch", "platform", "git_commit", "device", "dtype", "compile"}
-# Runs that differ in one of these answer different questions.
-SAME = (
-    *("dataset", "data_sha256", "max_iters", "eval_interval", "eval_iters"),
-    *("batch_size", "block_size", "gradient_accumulation_steps"),
-    *("n_layer", "n_head", "n_embd", "n_exp", "top_k", "stride", "bias"),
-)
+KEYS = keys()
+ROLES: dict[str, str] = {name: key.role for name, key in KEYS.items()} | ENVIRONMENT
+SHOWN = (*COMPARED, "machine", "pair")  # roles whose differences a report lists
+
+OF_A_PAIR = tuple(key for key, role in ROLES.items() if role == "pair")
+
+Arms = dict[str, dict[int, "Run"]]  # by arm and seed
 
 
 @dataclass(frozen=True)
 class Run:
     """One finished run: its settings and its logged lines."""
 
-    folder: Path
+    name: str  # its folder, or its name in W&B
     config: dict[str, Any]
     lines: list[dict[str, Any]]
     decisions: list[dict[str, Any]]  # prune proposals that opened or were withdrawn
+    folder: Path | None = None  # None: its files are not here
 
     @property
     def seed(self) -> int:
         return self.config["seed"]
+
+    @property
+    def arm(self) -> str:
+        return self.config["arm"]
+
+    @property
+    def steps(self) -> int:
+        return self.config["max_iters"]
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The starts of the program that made the run."""
+        return self.config["history"]
+
+    def values_over_starts(self, key: str) -> set[str]:
+        """The values that a key had while the steps that count were computed."""
+        ends = [start["step"] for start in self.history[1:]] + [self.steps]
+        counted = [start for start, end in zip(self.history, ends) if start["step"] < end]
+        return {str(start.get(key)) for start in counted}
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """(steps, values) of the lines that have a value of that metric."""
@@ -48,7 +71,7 @@ class Run:
 
 
 def load_run(folder: Path) -> Run:
-    """The run in a folder. Raises UserError if it is none, is not finished, or its validation loss is no number."""
+    """The run in a folder. Raises UserError if there is none, or it cannot be compared; see `checked`."""
     try:
         config = parse_json(read_text(folder / "config.json"))
         text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
@@ -65,32 +88,7 @@ def load_run(folder: Path) -> Run:
             lines.append(values | {"step": int(values["step"])})
         except (ValueError, KeyError, TypeError, OverflowError):
             raise UserError(f"{folder}: line {number} of metrics.jsonl is cut or damaged") from None
-    return checked(Run(folder, config, lines, _decisions(folder / "decisions.jsonl")))
-
-
-def checked(run: Run) -> Run:
-    """The run, if it is finished and its validation losses are numbers. Raises UserError if not."""
-    folder, config, lines = run.folder, run.config, run.lines
-    if not all(isinstance(config.get(key), int) for key in ("seed", "max_iters")):
-        raise UserError(f"{folder}: its settings are not those of a run")
-    step = lines[-1]["step"] if lines else 0
-    if step < config["max_iters"]:
-        raise UserError(f"{folder}: at step {step} of {config['max_iters']}, still training or stopped")
-    changed = _changed_on_the_way(config)
-    if changed:
-        raise UserError(f"{folder}: it was resumed with another {', '.join(changed)}, so it is no run of one setting")
-    losses = [line["val/loss"] for line in lines if "val/loss" in line]
-    if not losses or not all(isinstance(loss, (int, float)) and math.isfinite(loss) for loss in losses):
-        raise UserError(f"{folder}: a validation loss is missing or no number")
-    return run
-
-
-def _changed_on_the_way(config: dict[str, Any]) -> list[str]:
-    """Settings that a resumed run was given anew and that what it computes depends on."""
-    history = config.get("history")
-    starts = [start for start in history if isinstance(start, dict)] if isinstance(history, list) else []
-    keys = {key for start in starts if isinstance(start.get("changed"), dict) for key in start["changed"]}
-    return sorted(keys - NAMES - SURROUNDINGS - {"max_iters", "eval_only", "backend"})
+    return checked(Run(str(folder), config, lines, _decisions(folder / "decisions.jsonl"), folder))
 
 
 def _decisions(path: Path) -> list[dict[str, Any]]:
@@ -102,8 +100,93 @@ def _decisions(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path}: cannot be read ({e})") from None
 
 
+def checked(run: Run) -> Run:
+    """The run, if it is finished, of one setting, and its logs are complete. Raises UserError if not."""
+    name, config = run.name, run.config
+    numbers = [config.get(key) for key in ("seed", "max_iters", "eval_interval", "log_interval")]
+    if not all(isinstance(number, int) for number in numbers) or min(numbers[2:]) < 1:
+        raise UserError(f"{name}: its settings are not those of a run")
+    last = run.lines[-1]["step"] if run.lines else 0
+    if last < run.steps:
+        raise UserError(f"{name}: at step {last} of {run.steps}, still training or stopped")
+    if "arm" not in config:
+        resume = f"; train.py --init_from=resume --out_dir={name} adds it" if run.folder else ""
+        raise UserError(f"{name}: an older version wrote it, without the arm that it belongs to{resume}")
+    if config["arm"] not in (*ARMS, CUSTOM):
+        raise UserError(f"{name}: there is no arm {config['arm']!r}")
+    wrong = contradiction(config["arm"], config)
+    if wrong is not None:
+        raise UserError(f"{name}: its arm is {config['arm']!r}, but {wrong} is {config.get(wrong)!r}")
+    if config.get("weights_sha256") == UNKNOWN:
+        raise UserError(f"{name}: an older version wrote it, and which weights it started from is not known")
+    if config.get("incomplete"):
+        raise UserError(f"{name}: its logs are not whole: {_words(config['incomplete'])}")
+    history = config.get("history")
+    if not (history and isinstance(history, list) and all(_is_start(start) for start in history)):
+        raise UserError(f"{name}: it has no history of its starts, so whether its settings changed is not known")
+    changed = {key for start in history for key in start.get("changed") or {} if _must_stay(key)}
+    if changed:
+        raise UserError(f"{name}: it was resumed with another {', '.join(sorted(changed))}, so it has no one setting")
+    return _with_whole_logs(run)
+
+
+def _words(sentences: Any) -> str:
+    return "; ".join(map(str, sentences)) if isinstance(sentences, list) else str(sentences)
+
+
+def _is_start(start: Any) -> bool:
+    return (
+        isinstance(start, dict) and isinstance(start.get("step"), int) and isinstance(start.get("changed") or {}, dict)
+    )
+
+
+def _must_stay(key: str) -> bool:
+    """Whether a run resumed with another value of the key is no run of one setting. A run may be made longer."""
+    return ROLES.get(key, "computed") in (*COMPARED, "arm", "seed") and ROLES.get(key) != "length"
+
+
+def _with_whole_logs(run: Run) -> Run:
+    """The run with the evaluations of its schedule only. Raises UserError if a line is missing or one too many."""
+    name, steps = run.name, [line["step"] for line in run.lines]
+    for before, step in itertools.pairwise(steps):
+        if step <= before:
+            raise UserError(f"{name}: step {step} is logged after step {before}: lines are there twice or out of order")
+    if steps[-1] > run.steps:
+        raise UserError(f"{name}: it was logged up to step {steps[-1]}, beyond its max_iters of {run.steps}")
+
+    first = run.history[0]["step"]
+
+    def missing(interval: int, found: set[int]) -> int | None:
+        """The first step of a schedule that is not in `found`; the last step is in every schedule."""
+        expected = itertools.chain(range(interval, run.steps, interval), [run.steps])
+        return next((step for step in expected if step > first and step not in found), None)
+
+    losses = {line["step"]: line["val/loss"] for line in run.lines if "val/loss" in line}
+    step = missing(run.config["eval_interval"], losses.keys())
+    step = 0 if first == 0 and 0 not in losses else step
+    if step is not None:
+        raise UserError(f"{name}: the evaluation of step {step} is missing from its logs")
+    if not all(isinstance(loss, (int, float)) and math.isfinite(loss) for loss in losses.values()):
+        raise UserError(f"{name}: a validation loss is not a number")
+    if not any("log_interval" in (start.get("changed") or {}) for start in run.history):
+        step = missing(run.config["log_interval"], set(steps))
+        if step is not None:
+            raise UserError(f"{name}: the line of step {step} is missing from its logs")
+    # a run that was made longer was evaluated at its earlier end too
+    lines = [line if _is_scheduled(run, line["step"]) else _without_evaluation(line) for line in run.lines]
+    return replace(run, lines=lines)
+
+
+def _is_scheduled(run: Run, step: int) -> bool:
+    return step % run.config["eval_interval"] == 0 or step == run.steps
+
+
+def _without_evaluation(line: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in line.items() if key != "val/loss"}
+
+
 def load_runs(sources: Iterable[Any], load: Callable[[Any], Run] = load_run) -> tuple[list[Run], list[str]]:
-    """The runs that can be compared with the first one, and a line for each that cannot, saying why.
+    """The runs that can be compared, and a line for each that cannot, saying why.
 
     sources: folders, or whatever `load` makes a Run of.
     """
@@ -111,47 +194,93 @@ def load_runs(sources: Iterable[Any], load: Callable[[Any], Run] = load_run) -> 
     left_out: list[str] = []
     for source in sources:
         try:
-            run = load(source)
+            runs.append(load(source))
         except UserError as e:
             left_out.append(str(e))
-            continue
-        different = [key for key in SAME if runs and run.config.get(key) != runs[0].config.get(key)]
-        if different:
-            key = different[0]
-            theirs, ours = run.config.get(key), runs[0].config.get(key)
-            left_out.append(f"{run.folder}: {key} is {theirs}, in {runs[0].folder} {ours}")
-        else:
-            runs.append(run)
     return runs, left_out
 
 
-def group_into_arms(runs: list[Run]) -> tuple[dict[str, dict[int, Run]], dict[str, list[str]], list[str]]:
-    """Runs by arm and seed; the settings in which runs differ, with their values; a line for each run left out.
+def expand(folders: Iterable[Path]) -> list[Path]:
+    """The folders of runs: those given, and in the place of one that holds no run itself, those inside it that do."""
+    found: list[Path] = []
+    for folder in folders:
+        inside = sorted(path.parent for path in folder.glob("*/config.json"))
+        found += inside if inside and not (folder / "config.json").exists() else [folder]
+    return found
 
-    An arm is one set of settings: a run of the same arm with other settings is left out.
-    """
-    keys = [key for key in runs[0].config if key not in NAMES] if runs else []
-    differing = {
-        key: values for key in keys if len(values := sorted({json.dumps(run.config.get(key)) for run in runs})) > 1
+
+def value_of(config: Mapping[str, Any], key: str) -> Any:
+    """The value of a key of config.json; a setting that an older version did not have is at its default."""
+    return config.get(key, KEYS[key].default if key in KEYS else None)
+
+
+def effective(config: Mapping[str, Any], roles: tuple[str, ...] = COMPARED) -> dict[str, Any]:
+    """The keys of these roles whose values have an effect, with their values. A key that is not known is 'computed'."""
+    values = {key: value_of(config, key) for key in config.keys() | KEYS.keys() | ENVIRONMENT.keys()}
+    return {
+        key: value
+        for key, value in values.items()
+        if ROLES.get(key, "computed") in roles and is_active(key, values, KEYS)
     }
-    settings = [key for key in differing if key not in SURROUNDINGS]
-    arms: dict[str, dict[int, Run]] = {}
+
+
+def differing(a: Mapping[str, Any], b: Mapping[str, Any], roles: tuple[str, ...] = COMPARED) -> list[str]:
+    """The keys of these roles in which two configs differ and whose values have an effect in both."""
+    ours, theirs = effective(a, roles), effective(b, roles)
+    return sorted(key for key in ours.keys() & theirs.keys() if ours[key] != theirs[key])
+
+
+def confounders(arms: Arms, a: str, b: str) -> list[str]:
+    """Settings in which two arms differ besides those that define them, as "key (value in a, value in b)"."""
+    one, other = (next(iter(arms[name].values())).config for name in (a, b))
+    defining = ARMS.get(a, {}).keys() | ARMS.get(b, {}).keys()
+    return [
+        f"{key} ({_short(value_of(one, key))} against {_short(value_of(other, key))})"
+        for key in differing(one, other)
+        if key not in defining
+    ]
+
+
+def group_into_arms(runs: list[Run]) -> tuple[Arms, dict[str, list[str]], list[str]]:
+    """Runs by arm and seed; the settings in which they differ, with their values; a line for each run left out.
+
+    The runs of one arm compute the same but for the seed: what most of them compute. The others are left out.
+    """
+    arms: Arms = {}
     left_out = []
-    for run in runs:
-        members = arms.setdefault(arm_of(run.config), {})
-        first = next(iter(members.values()), run)
-        other = [key for key in settings if run.config.get(key) != first.config.get(key)]
-        if other:
-            ours, theirs = run.config.get(other[0]), first.config.get(other[0])
-            left_out.append(f"{run.folder}: {other[0]} is {ours}, in {first.folder} of the same arm {theirs}")
-        elif run.seed in members:
-            left_out.append(f"{run.folder}: seed {run.seed} of this arm is already {members[run.seed].folder}")
+    for arm in sorted({run.arm for run in runs}, key=[*ARMS, CUSTOM].index):
+        members = [run for run in runs if run.arm == arm]
+        agreeing = Counter(i for run in members for i, m in enumerate(members) if not differing(run.config, m.config))
+        reference = members[agreeing.most_common(1)[0][0]]
+        arms[arm] = {}
+        for run in members:
+            other = differing(run.config, reference.config)
+            if other:
+                theirs, ours = (_short(value_of(r.config, other[0])) for r in (run, reference))
+                left_out.append(f"{run.name}: {other[0]} is {theirs}, in {reference.name} of the same arm {ours}")
+            elif run.seed in arms[arm]:
+                left_out.append(f"{run.name}: seed {run.seed} of arm {arm!r} is already {arms[arm][run.seed].name}")
+            else:
+                arms[arm][run.seed] = run
+    kept = [effective(run.config, SHOWN) for members in arms.values() for run in members.values()]
+    names = sorted(set().union(*kept))
+    values = {name: sorted({json.dumps(config[name]) for config in kept if name in config}) for name in names}
+    return arms, {name: found for name, found in values.items() if len(found) > 1}, left_out
+
+
+def pairs(arms: Arms, a: str, b: str) -> tuple[list[tuple[Run, Run]], list[str]]:
+    """The runs of arms a and b with the same seed, and a line for each pair whose code or precision differs."""
+    good, left_out = [], []
+    for seed in sorted(arms[a].keys() & arms[b].keys()):
+        pair = arms[a][seed], arms[b][seed]
+        mixed = [key for key in OF_A_PAIR if len(set().union(*(run.values_over_starts(key) for run in pair))) > 1]
+        if mixed:
+            left_out.append(f"{a} - {b}, seed {seed}: the pair is left out, because its {' and '.join(mixed)} differ")
         else:
-            members[run.seed] = run
-    order = [*ARMS, *arms]
-    return dict(sorted(arms.items(), key=lambda item: order.index(item[0]))), differing, left_out
+            good.append(pair)
+    return good, left_out
 
 
-def pairs(arms: dict[str, dict[int, Run]], a: str, b: str) -> list[tuple[Run, Run]]:
-    """The runs of arms a and b with the same seed."""
-    return [(arms[a][seed], arms[b][seed]) for seed in sorted(arms[a].keys() & arms[b].keys())]
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,4 +1,8 @@
-"""Train every arm with every seed: finished runs are kept, stopped ones resumed, `jobs` at a time."""
+"""Train every arm with every seed: what is finished is kept, what was stopped goes on, several runs at a time.
+
+A run that is there counts only if it is the run that is asked for: the same settings, data, initial weights and arm.
+Otherwise nothing is started.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +10,29 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from comparison.runs import differing, value_of
+from train import pick_device, pick_precision
+from trainer import checkpoint, resume
+from trainer import settings as setting
 from trainer.arms import ARMS
+from trainer.data import open_dataset
 from trainer.errors import UserError
-from trainer.files import parse_json
+from trainer.files import parse_json, read_text
+from trainer.lock import LOCK
+from trainer.settings import COMPARED
+from trainer.signals import PARENT
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 LOG = "train.log"
+SET_HERE = ("seed", "out_dir", "arm", "init_from")  # keys that a study sets for each run
 
 
 @dataclass
@@ -27,8 +42,9 @@ class Job:
     arm: str
     seed: int
     out_dir: Path
-    arguments: list[str]  # train.py's, without out_dir, seed and init_from
+    arguments: list[str]  # train.py's, complete
     steps: int
+    log_start: int = 0  # where in its log file this start begins
 
     @property
     def done(self) -> int:
@@ -44,76 +60,161 @@ class Job:
     def finished(self) -> bool:
         return self.done >= self.steps
 
-    def command(self) -> list[str]:
-        own = [f"--seed={self.seed}", f"--out_dir={self.out_dir}", "--init_from=auto"]
-        return [sys.executable, str(TRAIN), *self.arguments, *own]
+    @property
+    def locked(self) -> bool:
+        """Whether a process is writing the run."""
+        if not (self.out_dir / LOCK).exists():
+            return False
+        lock = FileLock(self.out_dir / LOCK)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            return True
+        except OSError:
+            return False  # a file system without locks
+        lock.release()
+        return False
+
+    def failure(self, status: int) -> str:
+        """Why the process ended, by what it printed."""
+        with (self.out_dir / LOG).open("rb") as f:
+            f.seek(self.log_start)
+            lines = f.read().decode(errors="replace").splitlines()
+        errors = [line for line in lines if line.startswith("error:") or "Error: " in line]
+        if errors:
+            return errors[-1]
+        how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
+        return f"{how}; see {self.out_dir / LOG}"
 
 
-def plan(arguments: list[str], out: Path, steps: int, arms: list[str], seeds: int) -> list[Job]:
-    """The study's runs, seed by seed, so that whole pairs are there early. Raises UserError for an unknown arm.
+def plan(arguments: list[str], out: Path, arms: list[str], seeds: int) -> list[Job]:
+    """The study's runs, seed by seed, so that whole pairs are there early.
 
-    arguments: train.py's, for all arms; what an arm sets itself wins.
+    arguments: train.py's, for all arms; what an arm sets itself wins. Raises UserError for an unknown arm, settings
+    that make no sense, or a run in `out` that is not the one asked for.
     """
     unknown = [arm for arm in arms if arm not in ARMS]
     if unknown:
         raise UserError(f"--arms: there is no arm {unknown[0]!r}; there are {', '.join(ARMS)}")
-    return [
-        Job(
-            arm,
-            seed,
-            out / f"{arm}_seed{seed}",
-            [*arguments, *(f"--{key}={value}" for key, value in ARMS[arm].items())],
-            steps,
-        )
-        for seed in range(1, seeds + 1)
-        for arm in arms
-    ]
+    source = setting.given(arguments).get("init_from", "scratch").removeprefix("auto:")
+    if source == "resume":
+        raise UserError("init_from='resume': a study starts its runs itself, and goes on with those that stopped")
+    source = "scratch" if source == "auto" else source
+    jobs, wanted = [], {}
+    for arm in arms:
+        own = [a for a in arguments if a.removeprefix("--").partition("=")[0] not in ARMS[arm]]
+        own += [f"--arm={arm}", f"--init_from={'auto' if source == 'scratch' else f'auto:{source}'}"]
+        wanted[arm] = resolved(own, source)
+        for seed in range(1, seeds + 1):
+            out_dir = out / f"{arm}_seed{seed}"
+            jobs.append(
+                Job(arm, seed, out_dir, [*own, f"--seed={seed}", f"--out_dir={out_dir}"], wanted[arm]["max_iters"])
+            )
+    jobs.sort(key=lambda job: job.seed)
+    data: dict[str, str] = {}
+    for job in jobs:
+        config = config_of(job.out_dir)
+        if config is not None:
+            data = data or data_sha256(wanted[job.arm])
+            check_same(job, config, wanted[job.arm] | {"seed": job.seed, "data_sha256": data})
+    return jobs
 
 
-def train_all(jobs: list[Job], parallel: int) -> list[Job]:
+def resolved(arguments: list[str], source: str) -> dict[str, Any]:
+    """Every setting that train.py takes these arguments to mean, here, and the digest of the weights to start from."""
+    start = resume.begin(setting.given(arguments) | {"init_from": source})
+    s = start.settings
+    s.device = str(pick_device(s.device))
+    pick_precision(s, pick_device(s.device))
+    return s.flat() | {"weights_sha256": start.weights_sha256}
+
+
+def data_sha256(config: Mapping[str, Any]) -> dict[str, str]:
+    files = open_dataset(config["dataset"], config["block_size"]).fingerprint()
+    return {name: f["sha256"] for name, f in files.items()}
+
+
+def config_of(out_dir: Path) -> dict[str, Any] | None:
+    """The settings of the run in a folder, by config.json or else by its checkpoint; None if there is no run."""
+    try:
+        config = parse_json(read_text(out_dir / "config.json"))
+        if isinstance(config, dict):
+            return config
+    except (OSError, ValueError):
+        pass
+    if not checkpoint.exists(out_dir):
+        return None
+    saved = checkpoint.newest(out_dir)[0]
+    files = saved.get("data") or {}
+    return (
+        saved["config"]
+        | {key: saved.get(key) for key in ("weights_sha256",)}
+        | {"data_sha256": {name: f["sha256"] for name, f in files.items()}}
+    )
+
+
+def check_same(job: Job, config: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises UserError if the run that is there is not the one asked for. It may be shorter: then it goes on."""
+    for key in differing(config, wanted, (*COMPARED, "arm", "seed")):
+        theirs, ours = value_of(config, key), value_of(wanted, key)
+        shorter = key == "max_iters" and isinstance(theirs, int) and theirs < ours
+        here = key in wanted  # what else config.json holds is of the machine that ran it
+        if here and not shorter:
+            raise UserError(
+                f"{job.out_dir} holds a run with {key}={theirs!r}, and {key}={ours!r} is asked for: give another "
+                "--out_dir, or remove it"
+            )
+
+
+def train_all(jobs: list[Job], parallel: int, stop: list[int]) -> list[Job]:
     """Run what is not finished, `parallel` at a time with equal threads. Returns the jobs that failed.
 
-    Ctrl-C is passed on: each run saves its checkpoint, and the same command goes on from there.
+    stop: holds the number of a signal once one has come. Then the runs under way are stopped; each saves a checkpoint,
+    and the same command goes on from there. They do the same by themselves if this process is killed.
     """
     threads = max(1, (os.cpu_count() or 1) // parallel)
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), PARENT: str(os.getpid())}
     waiting = [job for job in jobs if not job.finished]
     running: dict[subprocess.Popen, Job] = {}
     failed: list[Job] = []
     total = sum(job.steps for job in jobs)
     with tqdm(total=total, initial=sum(job.done for job in jobs), unit="step", smoothing=0.05) as bar:
-        try:
-            while waiting or running:
-                while waiting and len(running) < parallel:
-                    job = waiting.pop(0)
-                    running[_start(job, environment)] = job
-                time.sleep(0.5)
-                for process in [p for p in running if p.poll() is not None]:
-                    job = running.pop(process)
-                    if process.returncode != 0 or not job.finished:
-                        failed.append(job)
-                        bar.write(f"failed: {job.out_dir}: {_last_line(job)}")
-                bar.set_postfix_str(", ".join(f"{job.arm} {job.seed}" for job in running.values()))
-                bar.update(sum(job.done for job in jobs) - bar.n)
-        except KeyboardInterrupt:
+        while (waiting or running) and not stop:
+            for job in list(waiting):
+                if len(running) < parallel and not job.locked:
+                    waiting.remove(job)
+                    if not job.finished:  # the process that held the lock may have finished it
+                        running[_start(job, environment)] = job
+            time.sleep(0.5)
+            for process in [p for p in running if p.poll() is not None]:
+                job = running.pop(process)
+                if (process.returncode != 0 or not job.finished) and not stop:
+                    failed.append(job)
+                    bar.write(f"failed: {job.out_dir}: {job.failure(process.returncode)}")
+            under_way = ", ".join(f"{job.arm} {job.seed}" for job in running.values())
+            if waiting and not running:
+                under_way = f"waiting for the process that writes {waiting[0].out_dir}"
+            bar.set_postfix_str(under_way)
+            bar.update(sum(job.done for job in jobs) - bar.n)
+        if stop:
             for process in running:
                 process.terminate()
             for process in running:
                 process.wait()
             bar.write("stopped, and the runs under way are saved: the same command goes on")
-            raise
     return failed
 
 
-def _start(job: Job, environment: dict[str, Any]) -> subprocess.Popen:
+def _start(job: Job, environment: Mapping[str, str]) -> subprocess.Popen:
     job.out_dir.mkdir(parents=True, exist_ok=True)
     with (job.out_dir / LOG).open("ab") as log:
+        job.log_start = log.tell()
         # its own session: Ctrl-C reaches it through us, once
         return subprocess.Popen(
-            job.command(), env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+            [sys.executable, str(TRAIN), *job.arguments],
+            env=environment,
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
         )
-
-
-def _last_line(job: Job) -> str:
-    lines = (job.out_dir / LOG).read_text(errors="replace").splitlines()
-    return lines[-1] if lines else "it printed nothing"

@@ -24,14 +24,14 @@ def fetch(project: str) -> list[Any]:
 
 
 def load(source: Any) -> Run:
-    """A Run from one of wandb's. Prune proposals and checkpoints are on disk only, so it has none."""
+    """A Run from one of wandb's, with the history of its starts. Prune proposals and checkpoints are on disk only."""
     try:
         config = {key: value for key, value in source.config.items() if not key.startswith("_")}
         lines = [plain(row) for row in source.scan_history() if row.get("step") is not None]
     except Exception as e:
         raise UserError(f"W&B run {source.name}: cannot be read ({type(e).__name__}: {first_line(e)})") from None
     lines.sort(key=lambda line: line["step"])
-    return checked(Run(Path(source.name), config, lines, decisions=[]))
+    return checked(Run(source.name, config, lines, decisions=[]))
 
 
 def plain(row: dict[str, Any]) -> dict[str, Any]:
@@ -57,8 +57,8 @@ def log(out: Path, comparison: Comparison, drawn: dict[str, Path]) -> None:
 
 
 def _content(wandb: Any, comparison: Comparison, drawn: dict[str, Path]) -> dict[str, Any]:
-    rows = [cells(r) for r in (*comparison.primary, *comparison.secondary, *comparison.check)]
-    sentences = [conclusion(comparison.primary), *comparison.sentences]
+    rows = [cells(comparison.analysis, r) for r in comparison.rows]
+    sentences = [conclusion(comparison.analysis), *comparison.sentences]
     return {
         "contrasts": wandb.Table(columns=COLUMNS, data=rows),
         "verdict": wandb.Table(columns=["verdict"], data=[[sentence] for sentence in sentences]),

@@ -12,16 +12,17 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parent.parent
-CODE = ("*.py", "chronomoe/*.py", "trainer/*.py")  # what a training run executes
+UNKNOWN = "unknown"  # of weights that a run of an older version started from
+CODE = ("train.py", "model.py", "cross_entropy.py", "chronomoe/*.py", "trainer/*.py")  # what a training run executes
 
 
-# Keys of config.json beside the settings, with their roles: those of trainer/settings.py, and 'code', in which the runs
+# Keys of config.json beside the settings, with their roles: those of trainer/settings.py, and 'pair', in which the runs
 # of a pair must agree, and 'record', which says what happened and is not compared.
 ENVIRONMENT = {
     "data_sha256": "computed",  # of the token files, by name
     "weights_sha256": "computed",  # of the weights that the run started from; None: from scratch
-    "matmul_precision": "numerics",  # torch.get_float32_matmul_precision()
-    "code_sha256": "code",  # of the files that a training run executes
+    "matmul_precision": "pair",  # torch.get_float32_matmul_precision()
+    "code_sha256": "pair",  # of the files that a training run executes
     "ranks": "machine",
     "threads": "machine",  # per rank
     "python": "machine",
