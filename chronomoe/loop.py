@@ -82,11 +82,16 @@ class ChronoLoop:
             self.lifecycle.update(self.coherence, phi_slow)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        return {"coherence": self.coherence.state_dict(), "lifecycle": self.lifecycle.state_dict()}
+        return {
+            "coherence": self.coherence.state_dict(),
+            "lifecycle": self.lifecycle.state_dict(),
+            "shuffled": {"follows": self.follows},
+        }
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
         self.coherence.load_state_dict(state["coherence"])
         self.lifecycle.load_state_dict(state["lifecycle"])
+        self.follows.copy_(state["shuffled"]["follows"])
 
     def snapshot(self) -> dict[tuple[int, int], CoherenceState]:
         """Every expert's coherence for people, keyed by (transformer block, expert). Waits for the device."""

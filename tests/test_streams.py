@@ -71,3 +71,22 @@ def test_the_shuffled_signals_permutation_has_a_stream_and_the_initial_weights_h
     twin = GPT(GPTConfig(**s.model_args(61)), torch.Generator().manual_seed(5))
     for name, p in model.named_parameters():
         assert torch.equal(p, twin.get_parameter(name)), name
+
+
+def test_a_resumed_shuffled_run_keeps_its_permutation_also_one_of_an_older_version(tmp_path):
+    dataset = write_dataset(tmp_path / "data", 61)
+    settings = TINY | ALL_ON | dict(seed=5, max_iters=2, chrono_signal="shuffled", dataset=dataset)
+    command = [f"--{key}={value}" for key, value in settings.items()]
+    out = tmp_path / "out"
+    assert train.main([*command, f"--out_dir={out}"]) == 0
+    saved = torch.load(out / "ckpt.pt", weights_only=True)
+    follows = saved["chrono"]["shuffled"]["follows"]
+    other = derangement(*follows.shape, 99)
+    cases = {"kept": ({"shuffled": {"follows": other}}, other), "old": ({}, derangement(*follows.shape, 5))}
+    for name, (change, expected) in cases.items():
+        chrono = {key: value for key, value in saved["chrono"].items() if key != "shuffled"} | change
+        (tmp_path / name).mkdir()
+        torch.save(saved | {"chrono": chrono}, tmp_path / name / "ckpt.pt")
+        assert train.main([f"--out_dir={tmp_path / name}", "--init_from=resume", "--max_iters=3", "--device=cpu"]) == 0
+        resumed = torch.load(tmp_path / name / "ckpt.pt", weights_only=True)
+        assert torch.equal(resumed["chrono"]["shuffled"]["follows"], expected)

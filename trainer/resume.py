@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from chronomoe.beta import derangement
 from trainer import checkpoint as checkpoints
 from trainer import settings as setting
 from trainer.arms import contradiction
@@ -216,7 +217,9 @@ def restore(saved: dict[str, Any], path: Path, model: Any, optimizer: Any, loop:
                 if state[name].shape != p.shape:
                     raise ValueError(f"the optimizer's {name} is {list(state[name].shape)}, not {list(p.shape)}")
         if "chrono" in saved:
-            loop.load_state_dict(saved["chrono"])
+            # an older version did not save the permutation of signal 'shuffled', and drew it from the run's seed
+            drawn = derangement(*loop.follows.shape, saved.get("config", {}).get("seed", 0))
+            loop.load_state_dict({"shuffled": {"follows": drawn}} | saved["chrono"])
         if "guard" in saved:
             guard.load_state_dict(saved["guard"])
         if saved.get("scaler"):  # empty where the saved run needed none
