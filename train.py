@@ -115,7 +115,7 @@ def train(given: dict[str, Any], ranks: Ranks, caught: list[int], closing: conte
     if saved:
         resume.restore(saved, out_dir / checkpoints.NAME, model, optimizer, loop, guard, scaler)
         start.notes += resume.restore_random_state(saved, device, ranks, s.seed)
-        step, best_val_loss, unfinished = saved["iter_num"], resume.best_loss(saved), saved.get("unfinished")
+        step, best_val_loss, unfinished = saved["iter_num"], resume.best_loss(saved, out_dir), saved.get("unfinished")
         loop.began_at = step - loop.coherence.step.item()
     resumed, saved, start.saved = saved is not None, None, None  # free its memory
     forward = model

@@ -95,8 +95,8 @@ def begin(given: dict[str, Any], again: bool = False) -> Start:
     s = setting.from_values(merged)
     if s.max_iters < saved["iter_num"] and not s.eval_only:
         raise UserError(
-            f"max_iters={s.max_iters}, but the checkpoint in {out_dir} is of step {saved['iter_num']}: steps cannot be "
-            "taken back; give a larger max_iters, or start a run with another --out_dir"
+            f"max_iters={s.max_iters}, but the checkpoint in {out_dir} is of step {saved['iter_num']}: give at least "
+            "that many steps, or start a run with another --out_dir"
         )
     changed = {
         key: [before[key], value]
@@ -142,7 +142,7 @@ def _from_weights(given: dict[str, Any], source: str) -> Start:
     if dense or not given.get("eval_only"):
         beta = weights.get(BETA)
         if beta is not None and beta.any():
-            notes.append(f"weights: beta of {source} is not taken: it starts at 0")
+            notes.append(f"weights: beta starts at 0, not at that of {source}")
         weights = without_state(weights)
         theirs = {key: value for key, value in theirs.items() if not key.startswith(setting.PREFIX)}
     if dense:
@@ -200,7 +200,7 @@ def check_data(start: Start, now: dict[str, dict[str, Any]]) -> None:
         was, is_now = ({name: look["sha256"] for name, look in files.items()} for files in (before, now))
         if was != is_now:
             start.changed["data_sha256"] = [was, is_now]
-            start.notes.append("resume: the data are others than before")
+            start.notes.append("resume: the data have other contents than before")
 
 
 def restore(saved: dict[str, Any], path: Path, model: Any, optimizer: Any, loop: Any, guard: Any, scaler: Any) -> None:
@@ -243,7 +243,9 @@ def restore_random_state(saved: dict[str, Any], device: torch.device, ranks: Ran
     return [f"resume: {ranks.count} ranks, before {len(states)}: dropout and router noise are drawn anew"]
 
 
-def best_loss(saved: dict[str, Any]) -> float:
-    """The lowest validation loss so far; nanoMoE saves it as a tensor."""
+def best_loss(saved: dict[str, Any], out_dir: Path) -> float:
+    """The validation loss of ckpt_best.pt; infinite if that is not there. nanoMoE saves the loss as a tensor."""
+    if not os.path.exists(out_dir / checkpoints.BEST):  # older versions counted step 0, which is not saved
+        return math.inf
     value = saved.get("best_val_loss")
     return float(value) if isinstance(value, (int, float, Tensor)) and torch.as_tensor(value).numel() == 1 else math.inf
