@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from chronomoe.beta import derangement
+from chronomoe.config import THRESHOLDS
 from trainer import checkpoint as checkpoints
 from trainer import settings as setting
 from trainer.arms import contradiction
@@ -171,7 +172,11 @@ def _settings_in(saved: dict[str, Any], path: Path) -> dict[str, Any]:
     config = saved.get("config")
     found = (config if isinstance(config, dict) else {}) | saved["model_args"]
     known = setting.keys()
-    return {key: setting.check(known[key], value, str(path)) for key, value in found.items() if key in known}
+    values = {key: setting.check(known[key], value, str(path)) for key, value in found.items() if key in known}
+    threshold, signal = setting.PREFIX + "bridge_threshold", setting.PREFIX + "bridge_signal"
+    if threshold in values and values[threshold] == THRESHOLDS.get(values.get(signal)):
+        values[threshold] = None  # an older version saved the default as a number
+    return values
 
 
 def known_files(start: Start) -> dict[str, dict[str, Any]] | None:
