@@ -30,7 +30,7 @@ try:
     from comparison import report, sweep, wandb_runs
     from comparison.analysis import FIRST, conclusion, margin_of
     from comparison.runs import expand, group_into_arms, load_run, load_runs
-    from comparison.statistics import pairs_needed
+    from comparison.statistics import MOST_PAIRS, pairs_needed
 except ModuleNotFoundError as e:
     sys.exit(f"error: comparing needs {e.name}: pip install -r requirements-compare.txt")
 
@@ -49,19 +49,22 @@ def main(arguments: list[str]) -> int:
     folders = [Path(a) for a in rest if not a.startswith("-") and not a.endswith(".py")]
     wandb_log, failed = "--wandb_log=True" in rest, []
     if "plan" in own:
+        other = [a for a in rest if Path(a) not in folders] + [f"--{n}" for n in own if n not in ("plan", "margin")]
+        if other:
+            raise UserError(f"{other[0]}: --plan takes folders of runs and --margin")
         print(planned(folders, own.get("margin")))
         return 0
     if "wandb" in own:
-        sources, out = wandb_runs.fetch(own["wandb"]), Path("out") / "wandb_comparison"
+        sources, load, out = wandb_runs.fetch(own["wandb"]), wandb_runs.load, Path("out") / "wandb_comparison"
     elif folders:
         wrong = [a for a in rest if Path(a) not in folders and a != "--wandb_log=True"] + [
             f"--{n}" for n in own if n in STUDY
         ]
         if wrong:
             raise UserError(f"{wrong[0]}: give a config file to train, or folders of runs to compare, not both")
-        sources, out = expand(folders), Path(os.path.commonpath([os.path.abspath(f) for f in folders]))
+        sources, load, out = expand(folders), load_run, Path(os.path.commonpath([os.path.abspath(f) for f in folders]))
     else:
-        settings = setting.from_arguments(rest)
+        settings = setting.from_arguments([*rest, "--arm="])
         arms = own.get("arms", ",".join(ARMS)).split(",")
         seeds, jobs = whole_number(own, "seeds", 8), whole_number(own, "jobs", os.cpu_count() or 1)
         out, wandb_log = Path(own.get("out_dir", settings.out_dir)), settings.wandb_log
@@ -71,15 +74,20 @@ def main(arguments: list[str]) -> int:
             failed = sweep.train_all(study, jobs, stop)
         if stop:
             return 128 + stop[0]
-        sources = [job.out_dir for job in study]
+        sources, load = study, sweep.load
 
-    runs, left_out = load_runs(sources, wandb_runs.load if "wandb" in own else load_run)
+    runs, unusable = load_runs(sources, load)
+    left_out = [str(e) for e in unusable]
     if len(runs) < 2:
         raise UserError("; ".join(left_out) or "one run: comparing takes two")
     arms_found, differing, doubles = group_into_arms(runs)
+    lost: dict[str, list[int]] = {}
+    for e in unusable:
+        if e.arm in arms_found and e.seed not in arms_found[e.arm]:
+            lost.setdefault(e.arm, []).append(e.seed)
     out = Path(own.get("out_dir", out))
     command = shlex.join(["python", "compare.py", *arguments])
-    comparison = report.compare(arms_found, differing, left_out + doubles, command, out)
+    comparison = report.compare(arms_found, differing, left_out + doubles, lost, command, out)
     drawn = report.write(out, comparison)
     if wandb_log:
         wandb_runs.log(out, comparison, drawn)
@@ -92,7 +100,8 @@ def main(arguments: list[str]) -> int:
 
 def planned(folders: list[Path], margin: str | None) -> str:
     """How many pairs decide about a margin, by the spread of a pilot's pairs. Raises UserError if it has too few."""
-    runs, left_out = load_runs(expand(folders))
+    runs, unusable = load_runs(expand(folders))
+    left_out = [str(e) for e in unusable]
     arms = group_into_arms(runs)[0] if runs else {}
     if not all(arm in arms for arm in FIRST):
         raise UserError("; ".join(left_out) or "--plan needs folders with pairs of runs, beta on and off")
@@ -102,19 +111,22 @@ def planned(folders: list[Path], margin: str | None) -> str:
             raise UserError("--plan needs --margin=NATS: the runs declare none")
     else:
         declared = setting.check(MARGIN, setting.parse_value(MARGIN, margin), "--plan")
+        if declared is None:
+            raise UserError(f"--plan: margin={margin} must be {MARGIN.expected()}")
     analysis = report.analyse(arms)
     row = analysis.row(FIRST)
     if row is None:
         raise UserError("--plan needs two pairs of runs or more, beta on and off, with the same seeds")
     c = row.contrast
-    n, low, high = (pairs_needed(sd, declared) for sd in (c.sd, *c.sd_interval))
+    needed = (pairs_needed(sd, declared) for sd in (c.sd, *c.sd_interval))
+    n, low, high = (f"over {MOST_PAIRS}" if pairs is None else str(pairs) for pairs in needed)
     lines = [
         f"{c.n} pairs of 'on' and 'off' differ with a standard deviation of {c.sd:.4f} nats "
         f"(95% interval {c.sd_interval[0]:.4f} to {c.sd_interval[1]:.4f})",
         f"{n} pairs ({low} to {high}) decide about a margin of {declared:g} nats: in 80% of studies they exclude "
         "effects as large if there is none, and find one as large if there is",
     ]
-    return "\n".join([*analysis.warnings, *lines])
+    return "\n".join([*analysis.warnings, *lines, *(f"left out: {reason}" for reason in left_out)])
 
 
 def own_options(arguments: list[str]) -> tuple[dict[str, str], list[str]]:

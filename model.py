@@ -60,7 +60,7 @@ class GPTConfig:
     router_z_loss_weight: float = option(0.001, "weight of the router z-loss", least=0, needs="use_router_z_loss")
     train_capacity: float | None = option(None, "capacity factor of an expert while training; None: dropless", above=0)
     eval_capacity: float | None = option(None, "capacity factor of an expert in evaluation; None: dropless", above=0)
-    min_capacity: int = option(4, "tokens that an expert with a capacity takes at least", least=0)
+    min_capacity: int = option(4, "smallest capacity of an expert, in tokens", least=0)
     stride: int = option(2, "every stride-th block is a MoE layer, from block 0", least=1, role="model")
     use_switch_tfm_init: bool = option(False, "Switch Transformer's initial weights")
     switch_tfm_init_scale: float = option(1.0, "their scale", above=0, needs="use_switch_tfm_init")
@@ -75,6 +75,8 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+        if not isinstance(self.chrono, ChronoConfig):
+            raise ValueError(f"chrono={self.chrono!r} must be a ChronoConfig")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
         if self.n_exp > 1 and not 1 <= self.top_k <= self.n_exp:

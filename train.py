@@ -150,7 +150,8 @@ def train(given: dict[str, Any], ranks: Ranks, caught: list[int], closing: conte
             print(note)
         loss = evaluate()
         if loss is not None and ranks.first:
-            print(f"validation loss at step {step}: {loss:.4f} nats per token, over {s.eval_iters} batches")
+            what = f"at step {step}" if resumed or origin["weights_from"] is None else f"of {origin['weights_from']}"
+            print(f"validation loss {what}: {loss:.4f} nats per token, over {s.eval_iters} batches")
         caught += [stop] if stop and not caught else []
         return False
 
@@ -159,7 +160,7 @@ def train(given: dict[str, Any], ranks: Ranks, caught: list[int], closing: conte
         checkpoints.set_aside(start.damaged)
         around = surroundings() | {"ranks": ranks.count}
         data_sha256 = {name: f["sha256"] for name, f in files.items()}
-        resolved = s.flat() | around | {"data_sha256": data_sha256} | origin
+        resolved = s.flat() | around | {"data_sha256": data_sha256, "vocab_size": data.vocab_size} | origin
         this_start = {
             "step": step,
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -118,7 +118,7 @@ class ChronoConfig:
         "a layer with a token-weighted mean phi_slow below this keeps its unused experts",
         least=-1,
         most=1,
-        needs="lifecycle",
+        needs="coherence",
         role="logging",
     )
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import math
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any
 
-LARGEST = {int: 2**63, float: 1e300}  # upper limits of settings; also rejects NaN
+LARGEST = {int: 2**63, float: 1e300}  # upper limits of settings
 BOUNDS = {"least": "at least", "above": "above", "most": "at most", "below": "below"}
 
 
@@ -67,9 +68,9 @@ class Option:
         if value is None and self.optional:
             return None
         kind, m = self.kind, self.metadata
-        is_number = (
-            isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST.get(kind, 0)
-        )
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+        if is_number and abs(value) >= LARGEST.get(kind, math.inf):
+            raise ValueError(f"{self.name}={value!r} must be {self.expected()}, and below {LARGEST[kind]:g}")
         if kind is float and is_number:
             value = float(value)
         elif kind is int and is_number and value == int(value):
@@ -113,9 +114,11 @@ def options_of(owner: type, prefix: str = "") -> Mapping[str, Option]:
 
 
 def check_options(instance: Any) -> None:
-    """Raises ValueError for the first field of a dataclass whose value has a wrong type or is out of range."""
+    """Convert the fields of a dataclass to their types. Raises ValueError for a wrong type or a value out of range."""
     for name, declared in options_of(type(instance)).items():
-        declared.check(getattr(instance, name))
+        value = getattr(instance, name)
+        # numpy's and torch's scalars become Python's; setattr, because the dataclass may be frozen
+        object.__setattr__(instance, name, declared.check(value.item() if hasattr(value, "item") else value))
 
 
 def is_active(name: str, values: Mapping[str, Any], declared: Mapping[str, Option]) -> bool:

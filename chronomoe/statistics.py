@@ -91,8 +91,8 @@ def _sums_of_bias(routings: Sequence[Routing], config: ChronoConfig, logged: boo
     noise_free = z
     if routings[0].noise_free is not None:
         noise_free = torch.stack([routing.noise_free for routing in routings]).transpose(1, 2).contiguous()
-    centred = noise_free - noise_free.mean(-2, keepdim=True)
-    sums = {"logit_var": centred.square().sum((-2, -1)) / (z.shape[-2] - 1)}
+    sums = {"logit_var": (noise_free - noise_free.mean(-2, keepdim=True)).square().sum((-2, -1)) / (z.shape[-2] - 1)}
+    del noise_free  # frees its memory
     if not (logged or config.bridge):
         return sums
 

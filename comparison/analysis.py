@@ -11,8 +11,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from comparison.runs import Arms, Run, confounders, pairs
-from comparison.statistics import FEWEST_PAIRS, POWER, Contrast, contrast
+from comparison.runs import Arms, Run, confounders, other_machine, pairs
+from comparison.statistics import FEWEST_PAIRS, MOST_PAIRS, POWER, Contrast, contrast, pairs_needed
 
 PRIMARY = "mean validation loss of the last quarter"
 FIRST, SECOND = ("on", "off"), ("on", "shuffled")  # contrasts of the primary outcome, in their order
@@ -48,15 +48,23 @@ class Analysis:
     described: list[Row]  # other contrasts of the primary outcome, then other outcomes
     check: list[Row]  # layer coherence, which says whether beta acted
     mixed_pairs: list[str]  # a line for each pair that is left out
+    rounding: list[str]  # a line for each two arms that ran on other machines throughout
+    lost: dict[str, list[int]]  # seeds of the runs that could not be used, by arm
 
     @property
     def warnings(self) -> list[str]:
-        """A line for each two arms that differ in more than what defines them, and for each pair left out."""
+        """What bears on all contrasts, a line each."""
         found = {(r.a, r.b): r.confounders for r in (*self.primary, *self.described) if r.confounders}
-        return [
+        differ = [
             f"'{a}' and '{b}' differ also in {', '.join(keys)}: no effect of the arm can be told from these"
             for (a, b), keys in found.items()
-        ] + self.mixed_pairs
+        ]
+        return [*map(self.lost_runs, self.lost), *differ, *self.mixed_pairs, *self.rounding]
+
+    def lost_runs(self, arm: str) -> str:
+        """The sentence on the runs of an arm that could not be used."""
+        seeds = ", ".join(map(str, self.lost[arm]))
+        return f"runs of '{arm}' could not be used (seed {seeds}), and what they would show is not known"
 
     def row(self, arms: tuple[str, str]) -> Row | None:
         return next((r for r in self.primary if (r.a, r.b) == arms), None)
@@ -108,8 +116,8 @@ def margin_of(arms: Arms, a: str, b: str) -> float | None:
     return margins.pop() if len(margins) == 1 else None
 
 
-def analyse(arms: Arms) -> Analysis:
-    """All contrasts whose arms are there and have two pairs or more."""
+def analyse(arms: Arms, lost: dict[str, list[int]] | None = None) -> Analysis:
+    """All contrasts whose arms are there and have two pairs or more. lost: as in Analysis."""
     primary, others, check = outcomes([run for members in arms.values() for run in members.values()])
     mixed: list[str] = []
 
@@ -130,7 +138,9 @@ def analyse(arms: Arms) -> Analysis:
 
     described = rows(primary, OTHERS)
     described += [r for outcome in others for r in rows(outcome, (FIRST, SECOND))]
-    return Analysis(rows(primary, (FIRST, SECOND)), described, rows(check, (FIRST, SECOND)), mixed)
+    rounding = [line for a, b in differ if (line := other_machine(arms, a, b))]
+    tested = rows(primary, (FIRST, SECOND))
+    return Analysis(tested, described, rows(check, (FIRST, SECOND)), mixed, rounding, lost or {})
 
 
 def no_verdict(analysis: Analysis, arms: tuple[str, str]) -> str | None:
@@ -138,6 +148,8 @@ def no_verdict(analysis: Analysis, arms: tuple[str, str]) -> str | None:
     r = analysis.row(arms)
     if r is None:
         return f"there are fewer than two pairs of runs of '{arms[0]}' and '{arms[1]}'"
+    if any(analysis.lost.get(arm) for arm in arms):
+        return "; ".join(analysis.lost_runs(arm) for arm in arms if analysis.lost.get(arm))
     if r.confounders:
         return f"'{r.a}' and '{r.b}' differ also in {', '.join(r.confounders)}"
     if not r.contrast.enough:
@@ -151,31 +163,47 @@ def no_verdict(analysis: Analysis, arms: tuple[str, str]) -> str | None:
 def verdict(analysis: Analysis, r: Row) -> str:
     """One plain sentence on a contrast of the primary outcome."""
     c = r.contrast
-    what = f"{r.a} against {r.b}: the {r.outcome.name} differs by {c.mean:+.4f} {r.outcome.unit} over {c.n} pairs"
+    what = f"{r.a} against {r.b}: the {r.outcome.name} differs by {number(c.mean)} {r.outcome.unit} over {c.n} pairs"
     if c.enough:
-        what += f" (95% interval {c.low:+.4f} to {c.high:+.4f})"
+        what += f" (95% interval {number(c.low)} to {number(c.high)})"
     reason = no_verdict(analysis, (r.a, r.b))
     if reason is not None:
         return f"{what}. No verdict: {reason}."
     p = f"{'exact' if c.exact else 'sampled'} p = {c.p:.3g}"
     if c.found:
         size = f", by less than the margin of {c.margin:g}" if c.equivalent else ""
-        return f"{what}. An effect ({p}): '{r.a}' {'lowers' if c.mean < 0 else 'raises'} the loss{size}."
+        return f"{what}. An effect ({p}): the loss is {_direction(c)} with '{r.a}' than with '{r.b}'{size}."
     if c.equivalent:
         return (
             f"{what}. No effect larger than the margin of {c.margin:g} {r.outcome.unit}: two one-sided tests, "
-            f"p = {c.p_equivalence:.3g}, 90% interval {c.inner_low:+.4f} to {c.inner_high:+.4f}."
+            f"p = {c.p_equivalence:.3g}, 90% interval {number(c.inner_low)} to {number(c.inner_high)}."
         )
     return f"{what}. Undecided ({p}): {what_would_decide(c)}."
 
 
+def number(value: float) -> str:
+    """A difference in nats, with its sign: four decimals, or two digits if it is smaller than those can show."""
+    return f"{value:+.4f}" if abs(value) >= 5e-4 or value == 0 else f"{value:+.1e}"
+
+
+def _direction(c: Contrast) -> str:
+    return "lower" if c.mean < 0 else "higher"
+
+
 def what_would_decide(c: Contrast) -> str:
     """How many pairs would turn an undecided contrast into one of the other two verdicts, in words."""
-    needed = c.pairs_to_decide
-    if needed is None:
+    if c.margin is None:
         return "the runs declare no margin, so that there is no effect cannot be shown"
-    n, low, high = needed
-    return f"by the spread of these pairs, about {n} pairs ({low} to {high}) decide about {c.margin:g} nats"
+    n, low, high = c.pairs_to_decide
+    if n > c.n:
+        between = f"{_pairs(low)} to {_pairs(high)}"
+        return f"by the spread of these pairs, about {_pairs(n)} pairs ({between}) decide about {c.margin:g} nats"
+    n = pairs_needed(c.sd, c.margin, c.mean)
+    return f"about {_pairs(n)} pairs decide, if the effect is as large as it seems from these"
+
+
+def _pairs(n: int | None) -> str:
+    return f"over {MOST_PAIRS}" if n is None else str(n)
 
 
 def conclusion(analysis: Analysis) -> str:
@@ -190,19 +218,19 @@ def conclusion(analysis: Analysis) -> str:
             return f"Beta has no effect on the validation loss larger than the margin of {c.margin:g} nats."
         return f"Undecided: beta may lower the validation loss, raise it or do neither; {what_would_decide(c)}."
     effect = f"Beta {'lowers' if c.mean < 0 else 'raises'} the validation loss"
+    effect += f", by less than the margin of {c.margin:g} nats" if c.equivalent else ""
     reason = no_verdict(analysis, SECOND)
     if reason is not None:
         return f"{effect}; whether coherence is the cause is open ({SECOND[0]} against {SECOND[1]}: {reason})."
     placebo = "a beta that follows another expert's coherence"
     if second.contrast.found:
-        more = second.contrast.mean * c.mean > 0
-        return f"{effect}, and {'more' if more else 'less'} than {placebo} does."
+        return f"{effect}, and the loss is {_direction(second.contrast)} than with {placebo}."
     if second.contrast.equivalent:
         return (
             f"{effect}. {placebo.capitalize()} gives the same loss within the margin of {c.margin:g} nats, so "
             "coherence is not the cause of more than that."
         )
-    return f"{effect}; whether more or less than {placebo} does is undecided."
+    return f"{effect}; whether the loss differs from that with {placebo} is undecided."
 
 
 def planning_figure(c: Contrast) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from chronomoe import ChronoConfig, ChronoRouter, Routing
-from comparison.runs import Run
+from comparison.runs import Run, differing
 from model import GPT, GPTConfig
 from trainer import checkpoint
 from trainer.data import EVAL_SEED, TokenData, open_dataset
@@ -48,10 +48,19 @@ def load_model(run: Run) -> tuple[GPT, TokenData]:
     if saved["iter_num"] != run.steps:
         raise UserError(f"{path} is of step {saved['iter_num']}, the run ended at {run.steps}")
     config = saved["config"]
+    differ = [key for key in ("seed", "arm", *differing(config, run.config)) if key in config]
+    other = [key for key in differ if config[key] != run.config.get(key)]
+    if other:
+        raise UserError(f"{path} is of another run: its {other[0]} is {config[other[0]]!r}")
     steps = {name.removeprefix(PREFIX): value for name, value in config.items() if name.startswith(PREFIX)}
     model = GPT(GPTConfig(**saved["model_args"], chrono=ChronoConfig(**steps)))
     model.load_state_dict(saved["model"])
-    return model.eval(), open_dataset(config["dataset"], config["block_size"])
+    data = open_dataset(config["dataset"], config["block_size"])
+    data.vocab_size = model.config.vocab_size
+    found = {name: look["sha256"] for name, look in data.fingerprint(saved.get("data")).items()}
+    if found != run.config.get("data_sha256"):
+        raise UserError(f"the files of {config['dataset']} are not those that {run.name} was trained on")
+    return model.eval(), data
 
 
 def probe(run: Run, batches: int = 8, batch_size: int = 16) -> list[Probe]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import math
@@ -17,6 +18,7 @@ from matplotlib.figure import Figure
 
 from comparison import figures
 from comparison.analysis import (
+    FIRST,
     POWER_COLUMN,
     Analysis,
     Row,
@@ -27,7 +29,7 @@ from comparison.analysis import (
     verdict,
 )
 from comparison.probe import Probe, probe
-from comparison.runs import Arms, Run
+from comparison.runs import Arms, Run, effective
 from trainer.errors import UserError
 from trainer.files import parse_json, read_text, whole_file
 
@@ -37,10 +39,11 @@ NOTE = (
     "against 'off' is tested at 5%; 'on' against 'shuffled' at 5%, only where the first finds an effect. So a study "
     "without any effect claims one in at most 5% of cases. p is that of the sign-flip test, and the intervals invert "
     "that test. The margin was declared in the settings of the runs: 'no effect' says that two one-sided tests at 5% "
-    "exclude effects as large. The other rows are described by intervals, not corrected for their number. The last "
-    "column is for planning: the effect that so many pairs find in 80% of studies, by the spread seen, with the 95% "
-    "interval that follows from knowing the spread from these pairs only. Smaller effects are found too, less often. "
-    "Layer coherence is a check that beta acted and no outcome, because beta selects for it."
+    "exclude effects as large. These tests take the differences to be symmetric about their mean. The other rows are "
+    "described by intervals, not corrected for their number. The last column is for planning: the effect that so many "
+    "pairs find in 80% of studies, by the spread seen, with the 95% interval that follows from knowing the spread from "
+    "these pairs only. Smaller effects are found too, less often. Layer coherence is a check that beta acted and no "
+    "outcome, because beta selects for it."
 )
 
 
@@ -69,26 +72,35 @@ class Comparison:
 
     @property
     def extensions(self) -> list[str]:
-        """A sentence for each earlier report over fewer of these runs, or over fewer steps."""
-        now, found = self.look, []
+        """A sentence for each earlier report over other pairs of the same study, or over other steps."""
+        found = []
         if self.lost_looks is not None:
-            found.append(f"Whether this study was extended after an earlier report is not known: {self.lost_looks}.")
+            found.append(f"Whether this study was changed after an earlier report is not known: {self.lost_looks}.")
         for before in self.looks:
-            runs = set(before["runs"])
-            if runs <= set(now["runs"]) and (len(runs) < len(now["runs"]) or before["steps"] < now["steps"]):
+            now = self.look
+            if now is None or before["study"] != now["study"]:
+                continue
+            if (before["seeds"], before["steps"]) != (now["seeds"], now["steps"]):
                 found.append(
-                    f"This study was extended after its report was written: on {before['date']} it had {len(runs)} "
-                    f"runs of {before['steps']} steps. A study that is extended after a look at its result claims "
-                    "effects more often than p says."
+                    f"This study was changed after its report was written: on {before['date']} it had "
+                    f"{len(before['seeds'])} pairs of {before['steps']} steps, now it has {len(now['seeds'])} of "
+                    f"{now['steps']}. A study whose runs are chosen after a look at its result claims effects more "
+                    "often than p says."
                 )
         return found
 
     @property
-    def look(self) -> dict[str, Any]:
-        """What this report looks at: its runs and their steps."""
-        labels = sorted(f"{arm} {seed}" for arm, members in self.arms.items() for seed in members)
-        steps = max(run.steps for members in self.arms.values() for run in members.values())
-        return {"date": str(date.today()), "runs": labels, "steps": steps}
+    def look(self) -> dict[str, Any] | None:
+        """What this report shows of the first contrast: its study, by a digest of the settings, its pairs and steps."""
+        row = self.analysis.row(FIRST)
+        if row is None:
+            return None
+        runs = [next(iter(self.arms[arm].values())) for arm in FIRST]
+        settings = [
+            {k: v for k, v in effective(run.config).items() if k not in ("max_iters", "margin")} for run in runs
+        ]
+        study = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        return {"date": str(date.today()), "study": study, "seeds": sorted(row.differences), "steps": runs[0].steps}
 
     @property
     def shown(self) -> dict[str, Run]:
@@ -98,9 +110,19 @@ class Comparison:
         return {arm: members.get(seed, next(iter(members.values()))) for arm, members in self.arms.items()}
 
 
-def compare(arms: Arms, differing: dict[str, list[str]], left_out: list[str], command: str, out: Path) -> Comparison:
-    """Analyse the arms and probe one trained model of each that has a beta. out: where the report will be."""
-    comparison = Comparison(arms, differing, list(left_out), command, analyse(arms), {}, *earlier_looks(out))
+def compare(
+    arms: Arms,
+    differing: dict[str, list[str]],
+    left_out: list[str],
+    lost: dict[str, list[int]],
+    command: str,
+    out: Path,
+) -> Comparison:
+    """Analyse the arms and probe one trained model of each that has a beta.
+
+    lost: seeds of runs that could not be used, by arm. out: where the report will be.
+    """
+    comparison = Comparison(arms, differing, list(left_out), command, analyse(arms, lost), {}, *earlier_looks(out))
     for arm, run in comparison.shown.items():
         if run.config.get("chrono_beta"):
             try:
@@ -114,13 +136,16 @@ def earlier_looks(out: Path) -> tuple[list[dict[str, Any]], str | None]:
     """What the reports that were written into `out` before looked at, the oldest first; or why that is not known."""
     path = out / "comparison.json"
     try:
-        looks = parse_json(read_text(path))["looks"]
-        found = [{"date": str(k["date"]), "runs": [str(r) for r in k["runs"]], "steps": int(k["steps"])} for k in looks]
-        return found, None
+        before = parse_json(read_text(path))
+        looks = [
+            {"date": str(k["date"]), "study": str(k["study"]), "seeds": [*k["seeds"]], "steps": int(k["steps"])}
+            for k in before["looks"]
+        ]
+        return looks, before.get("lost_looks")
     except FileNotFoundError:
         return [], None
-    except (OSError, ValueError, KeyError, TypeError):
-        return [], f"{path} was written by an older version or is damaged"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return [], f"{path} was damaged or written by an older version"
 
 
 def write(out: Path, comparison: Comparison) -> dict[str, Path]:
@@ -245,7 +270,8 @@ def as_numbers(c: Comparison) -> dict[str, Any]:
         "verdicts": c.sentences,
         "differing": c.differing,
         "left_out": c.left_out,
-        "looks": [*c.looks, *([] if c.looks and c.looks[-1]["runs"] == c.look["runs"] else [c.look])],
+        "looks": [*c.looks, *([c.look] if c.look and not any(_same_look(k, c.look) for k in c.looks) else [])],
+        "lost_looks": c.lost_looks,
         **{name: [plain(r) for r in getattr(c.analysis, name)] for name in ("primary", "described", "check")},
         "probes": {arm: [dataclasses.asdict(p) for p in found] for arm, found in c.probes.items()},
         "validation_loss": losses,
@@ -254,6 +280,10 @@ def as_numbers(c: Comparison) -> dict[str, Any]:
 
 def _counts(c: Comparison) -> str:
     return "Runs: " + ", ".join(f"{arm} {len(members)}" for arm, members in c.arms.items())
+
+
+def _same_look(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return a | {"date": None} == b | {"date": None}
 
 
 def short_verdict(analysis: Analysis, r: Row) -> str:

@@ -6,6 +6,7 @@ config.json has beside the settings (trainer/environment.py). No list is kept he
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -13,9 +14,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from chronomoe.options import is_active
+from trainer import checkpoint
 from trainer.arms import ARMS, CUSTOM, contradiction
 from trainer.environment import ENVIRONMENT, UNKNOWN
 from trainer.errors import UserError
@@ -27,6 +30,8 @@ ROLES: dict[str, str] = {name: key.role for name, key in KEYS.items()} | ENVIRON
 SHOWN = (*COMPARED, "machine", "pair")  # roles whose differences a report lists
 
 OF_A_PAIR = tuple(key for key, role in ROLES.items() if role == "pair")
+
+FILES = ("config.json", "metrics.jsonl", checkpoint.NAME)  # by any of them a folder is known to hold a run
 
 Arms = dict[str, dict[int, "Run"]]  # by arm and seed
 
@@ -62,7 +67,7 @@ class Run:
         """The values that a key had while the steps that count were computed."""
         ends = [start["step"] for start in self.history[1:]] + [self.steps]
         counted = [start for start, end in zip(self.history, ends) if start["step"] < end]
-        return {str(start.get(key)) for start in counted}
+        return {str(start.get(key, f"unknown in {self.name}")) for start in counted}
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """(steps, values) of the lines that have a value of that metric."""
@@ -70,50 +75,88 @@ class Run:
         return [step for step, _ in found], [value for _, value in found]
 
 
+class Unusable(UserError):
+    """A run that cannot be compared, and the arm and seed that it would have had, if they are known."""
+
+    def __init__(self, message: str, config: Mapping[str, Any] | None = None):
+        super().__init__(message)
+        config = config or {}
+        self.arm, self.seed = config.get("arm"), config.get("seed")
+
+
 def load_run(folder: Path) -> Run:
-    """The run in a folder. Raises UserError if there is none, or it cannot be compared; see `checked`."""
+    """The run in a folder. Raises Unusable if there is none, or it cannot be compared; see `checked`."""
     try:
         config = parse_json(read_text(folder / "config.json"))
         text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
     except FileNotFoundError as e:
-        raise UserError(f"{folder}: no {Path(e.filename).name}, so this is no run") from None
+        raise Unusable(f"{folder}: no {Path(e.filename).name}, so this is no run") from None
     except (OSError, ValueError) as e:
-        raise UserError(f"{folder}: cannot be read ({e})") from None
+        raise Unusable(f"{folder}: cannot be read ({e})") from None
     if not isinstance(config, dict):
-        raise UserError(f"{folder}: config.json is not that of a run")
+        raise Unusable(f"{folder}: config.json is not that of a run")
     lines = []
     for number, line in enumerate(text.splitlines(), 1):
         try:
             values = parse_json(line)
             lines.append(values | {"step": int(values["step"])})
         except (ValueError, KeyError, TypeError, OverflowError):
-            raise UserError(f"{folder}: line {number} of metrics.jsonl is cut or damaged") from None
-    return checked(Run(str(folder), config, lines, _decisions(folder / "decisions.jsonl"), folder))
+            raise Unusable(f"{folder}: line {number} of metrics.jsonl is cut or damaged", config) from None
+    try:
+        run = checked(Run(str(folder), config, lines, _decisions(folder / "decisions.jsonl"), folder))
+        _check_digest(run)
+    except UserError as e:
+        raise Unusable(str(e), config) from None
+    return run
 
 
 def _decisions(path: Path) -> list[dict[str, Any]]:
     try:
-        return [parse_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        found = [parse_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        kinds = {"expert_id": str, "reason": str, "action": str, "step": int}
+        if not all(isinstance(d[key], kind) for d in found for key, kind in kinds.items()):
+            raise ValueError("a line is no proposal")
     except FileNotFoundError:
         return []
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path}: cannot be read ({e})") from None
+    return found
+
+
+def _check_digest(run: Run) -> None:
+    """Raises UserError if the run's logs are not those that its last checkpoint was saved with, where that is there."""
+    try:
+        saved = checkpoint.without_tensors(run.folder / checkpoint.NAME)
+    except (OSError, checkpoint.Damaged):
+        return
+    counts, digests = saved.get("lines"), saved.get("lines_sha256")
+    if not (isinstance(counts, dict) and isinstance(digests, dict)):
+        return
+    for name, digest in digests.items():
+        content = (run.folder / f"{name}.jsonl").read_bytes().splitlines(keepends=True)
+        if hashlib.sha256(b"".join(content[: counts.get(name)])).hexdigest() != digest:
+            raise UserError(f"{run.name}: {name}.jsonl is not what the run wrote (its SHA-256 differs)")
 
 
 def checked(run: Run) -> Run:
     """The run, if it is finished, of one setting, and its logs are complete. Raises UserError if not."""
     name, config = run.name, run.config
-    numbers = [config.get(key) for key in ("seed", "max_iters", "eval_interval", "log_interval")]
-    if not all(isinstance(number, int) for number in numbers) or min(numbers[2:]) < 1:
-        raise UserError(f"{name}: its settings are not those of a run")
+    for key in ("seed", "max_iters", "eval_interval", "log_interval", "dataset"):
+        if key not in config:
+            raise UserError(f"{name}: its settings are not those of a run, {key} is missing")
+    for key in config.keys() & KEYS.keys():
+        try:
+            KEYS[key].check(config[key])
+        except ValueError as e:
+            raise UserError(f"{name}: its settings are not those of a run: {e}") from None
+    if not all(isinstance(v, (int, float, NoneType)) for line in run.lines for v in line.values()):
+        raise UserError(f"{name}: a metric is not a number")
     last = run.lines[-1]["step"] if run.lines else 0
-    if last < run.steps:
+    if last < run.steps or not run.lines:
         raise UserError(f"{name}: at step {last} of {run.steps}, still training or stopped")
     if "arm" not in config:
         resume = f"; train.py --init_from=resume --out_dir={name} adds it" if run.folder else ""
         raise UserError(f"{name}: an older version wrote it, without the arm that it belongs to{resume}")
-    if config["arm"] not in (*ARMS, CUSTOM):
-        raise UserError(f"{name}: there is no arm {config['arm']!r}")
     wrong = contradiction(config["arm"], config)
     if wrong is not None:
         raise UserError(f"{name}: its arm is {config['arm']!r}, but {wrong} is {config.get(wrong)!r}")
@@ -127,7 +170,8 @@ def checked(run: Run) -> Run:
     changed = {key for start in history for key in start.get("changed") or {} if _must_stay(key)}
     if changed:
         raise UserError(f"{name}: it was resumed with another {', '.join(sorted(changed))}, so it has no one setting")
-    return _with_whole_logs(run)
+    # a run that goes on from another program's checkpoint has steps that are not its own
+    return _with_whole_logs(replace(run, config=config | {"first_step": history[0]["step"]}))
 
 
 def _words(sentences: Any) -> str:
@@ -185,18 +229,18 @@ def _without_evaluation(line: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in line.items() if key != "val/loss"}
 
 
-def load_runs(sources: Iterable[Any], load: Callable[[Any], Run] = load_run) -> tuple[list[Run], list[str]]:
-    """The runs that can be compared, and a line for each that cannot, saying why.
+def load_runs(sources: Iterable[Any], load: Callable[[Any], Run] = load_run) -> tuple[list[Run], list[Unusable]]:
+    """The runs that can be compared, and for each that cannot, why.
 
     sources: folders, or whatever `load` makes a Run of.
     """
     runs: list[Run] = []
-    left_out: list[str] = []
+    left_out: list[Unusable] = []
     for source in sources:
         try:
             runs.append(load(source))
-        except UserError as e:
-            left_out.append(str(e))
+        except Unusable as e:
+            left_out.append(e)
     return runs, left_out
 
 
@@ -204,8 +248,8 @@ def expand(folders: Iterable[Path]) -> list[Path]:
     """The folders of runs: those given, and in the place of one that holds no run itself, those inside it that do."""
     found: list[Path] = []
     for folder in folders:
-        inside = sorted(path.parent for path in folder.glob("*/config.json"))
-        found += inside if inside and not (folder / "config.json").exists() else [folder]
+        inside = sorted({path.parent for name in FILES for path in folder.glob(f"*/{name}")})
+        found += inside if inside and not any((folder / name).exists() for name in FILES) else [folder]
     return found
 
 
@@ -239,6 +283,18 @@ def confounders(arms: Arms, a: str, b: str) -> list[str]:
         for key in differing(one, other)
         if key not in defining
     ]
+
+
+def other_machine(arms: Arms, a: str, b: str) -> str | None:
+    """A line on the keys by which the machines of all runs of one arm differ from those of the other, or None."""
+    configs = [[run.config for run in arms[name].values()] for name in (a, b)]
+    values = {
+        key: [{json.dumps(value_of(config, key)) for config in of_an_arm} for of_an_arm in configs]
+        for key, role in ROLES.items()
+        if role == "machine" and key != "git_commit"
+    }
+    apart = [key for key, (ours, theirs) in values.items() if not ours & theirs]
+    return f"all runs of '{a}' and '{b}' differ in {', '.join(apart)}, and so in rounding" if apart else None
 
 
 def group_into_arms(runs: list[Run]) -> tuple[Arms, dict[str, list[str]], list[str]]:

@@ -75,7 +75,7 @@ class Contrast:
         return tuple(smallest_found(self.n) * sd for sd in (self.sd, *self.sd_interval))
 
     @property
-    def pairs_to_decide(self) -> tuple[int, int, int] | None:
+    def pairs_to_decide(self) -> tuple[int | None, int | None, int | None] | None:
         """`pairs_needed` by the spread observed, and its 95% interval. None without a margin."""
         if self.margin is None:
             return None
@@ -173,20 +173,26 @@ def smallest_found(n: int) -> float:
     return high
 
 
-def pairs_needed(sd: float, margin: float) -> int:
-    """Pairs that decide with probability POWER: they exclude the margin if there is no effect, and find one as large.
+def pairs_needed(sd: float, margin: float, effect: float | None = None) -> int | None:
+    """Pairs that decide with probability POWER about a margin; None if MOST_PAIRS do not.
 
-    sd: of a difference. At most MOST_PAIRS.
+    Without `effect`: they exclude the margin if there is no effect, and find an effect as large as the margin. With it:
+    they do one of the two if that is the true effect. sd: of a difference.
     """
     ratio = margin / sd if sd > 0 else math.inf
 
     def decides(n: int) -> bool:
-        return min(power_to_exclude(n, ratio), power_to_find(n, ratio)) >= POWER
+        if effect is None:
+            return min(power_to_exclude(n, ratio), power_to_find(n, ratio)) >= POWER
+        true = abs(effect) / sd if sd > 0 else math.inf
+        return max(power_to_exclude(n, ratio, true), power_to_find(n, true)) >= POWER
 
     for n in range(FEWEST_PAIRS, MOST_SIMULATED + 1):
         if decides(n):
             return n
     low, high = MOST_SIMULATED, MOST_PAIRS
+    if not decides(high):
+        return None
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if decides(middle) else (middle, high)

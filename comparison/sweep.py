@@ -18,7 +18,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from comparison.runs import differing, value_of
+from comparison.runs import Run, Unusable, differing, load_run, value_of
 from train import pick_device, pick_precision
 from trainer import checkpoint, resume
 from trainer import settings as setting
@@ -58,7 +58,8 @@ class Job:
 
     @property
     def finished(self) -> bool:
-        return self.done >= self.steps
+        """Whether all is done. A run whose config.json is damaged is resumed, which writes it again."""
+        return self.done >= self.steps and _config_json(self.out_dir) is not None
 
     @property
     def locked(self) -> bool:
@@ -83,6 +84,8 @@ class Job:
         errors = [line for line in lines if line.startswith("error:") or "Error: " in line]
         if errors:
             return errors[-1]
+        if status == 0:
+            return f"it ended at step {self.done} of {self.steps}; see {self.out_dir / LOG}"
         how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
         return f"{how}; see {self.out_dir / LOG}"
 
@@ -96,7 +99,12 @@ def plan(arguments: list[str], out: Path, arms: list[str], seeds: int) -> list[J
     unknown = [arm for arm in arms if arm not in ARMS]
     if unknown:
         raise UserError(f"--arms: there is no arm {unknown[0]!r}; there are {', '.join(ARMS)}")
-    source = setting.given(arguments).get("init_from", "scratch").removeprefix("auto:")
+    if len(set(arms)) < len(arms):
+        raise UserError(f"--arms={','.join(arms)}: an arm is there twice")
+    given = setting.given([*arguments, "--arm="])
+    if given.get("eval_only"):
+        raise UserError("eval_only=True: a study trains its runs")
+    source = given.get("init_from", "scratch").removeprefix("auto:")
     if source == "resume":
         raise UserError("init_from='resume': a study starts its runs itself, and goes on with those that stopped")
     source = "scratch" if source == "auto" else source
@@ -111,12 +119,12 @@ def plan(arguments: list[str], out: Path, arms: list[str], seeds: int) -> list[J
                 Job(arm, seed, out_dir, [*own, f"--seed={seed}", f"--out_dir={out_dir}"], wanted[arm]["max_iters"])
             )
     jobs.sort(key=lambda job: job.seed)
-    data: dict[str, str] = {}
+    data: dict[str, Any] = {}
     for job in jobs:
         config = config_of(job.out_dir)
         if config is not None:
-            data = data or data_sha256(wanted[job.arm])
-            check_same(job, config, wanted[job.arm] | {"seed": job.seed, "data_sha256": data})
+            data = data or identity_of_data(wanted[job.arm])
+            check_same(job, config, wanted[job.arm] | data | {"seed": job.seed})
     return jobs
 
 
@@ -126,31 +134,46 @@ def resolved(arguments: list[str], source: str) -> dict[str, Any]:
     s = start.settings
     s.device = str(pick_device(s.device))
     pick_precision(s, pick_device(s.device))
-    return s.flat() | {"weights_sha256": start.weights_sha256}
+    return s.flat() | {"weights_sha256": start.weights_sha256, "vocab_size": start.vocab_size}
 
 
-def data_sha256(config: Mapping[str, Any]) -> dict[str, str]:
-    files = open_dataset(config["dataset"], config["block_size"]).fingerprint()
-    return {name: f["sha256"] for name, f in files.items()}
+def identity_of_data(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of config.json that say what the dataset is. With weights to start from, the vocabulary is theirs."""
+    data = open_dataset(config["dataset"], config["block_size"])
+    data.vocab_size = config["vocab_size"] or data.vocab_size
+    sha256 = {name: look["sha256"] for name, look in data.fingerprint().items()}
+    return {"data_sha256": sha256, "vocab_size": data.vocab_size}
+
+
+def load(job: Job) -> Run:
+    """The run of a job. Raises Unusable, with the job's arm and seed."""
+    try:
+        return load_run(job.out_dir)
+    except Unusable as e:
+        e.arm, e.seed = job.arm, job.seed
+        raise
+
+
+def _config_json(out_dir: Path) -> dict[str, Any] | None:
+    try:
+        config = parse_json(read_text(out_dir / "config.json"))
+    except (OSError, ValueError):
+        return None
+    return config if isinstance(config, dict) else None
 
 
 def config_of(out_dir: Path) -> dict[str, Any] | None:
     """The settings of the run in a folder, by config.json or else by its checkpoint; None if there is no run."""
-    try:
-        config = parse_json(read_text(out_dir / "config.json"))
-        if isinstance(config, dict):
-            return config
-    except (OSError, ValueError):
-        pass
-    if not checkpoint.exists(out_dir):
-        return None
+    config = _config_json(out_dir)
+    if config is not None or not checkpoint.exists(out_dir):
+        return config
     saved = checkpoint.newest(out_dir)[0]
     files = saved.get("data") or {}
-    return (
-        saved["config"]
-        | {key: saved.get(key) for key in ("weights_sha256",)}
-        | {"data_sha256": {name: f["sha256"] for name, f in files.items()}}
-    )
+    return saved["config"] | {
+        "weights_sha256": saved.get("weights_sha256"),
+        "data_sha256": {name: look["sha256"] for name, look in files.items()},
+        "vocab_size": saved["model_args"].get("vocab_size"),
+    }
 
 
 def check_same(job: Job, config: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -192,7 +215,7 @@ def train_all(jobs: list[Job], parallel: int, stop: list[int]) -> list[Job]:
                     failed.append(job)
                     bar.write(f"failed: {job.out_dir}: {job.failure(process.returncode)}")
             under_way = ", ".join(f"{job.arm} {job.seed}" for job in running.values())
-            if waiting and not running:
+            if waiting and not running and waiting[0].locked:
                 under_way = f"waiting for the process that writes {waiting[0].out_dir}"
             bar.set_postfix_str(under_way)
             bar.update(sum(job.done for job in jobs) - bar.n)

@@ -8,7 +8,7 @@ from typing import Any
 
 from comparison.analysis import conclusion
 from comparison.report import COLUMNS, Comparison, cells
-from comparison.runs import Run, checked
+from comparison.runs import Run, Unusable, checked
 from trainer.errors import UserError, first_line
 from trainer.wandb_run import WandbRun
 
@@ -29,9 +29,12 @@ def load(source: Any) -> Run:
         config = {key: value for key, value in source.config.items() if not key.startswith("_")}
         lines = [plain(row) for row in source.scan_history() if row.get("step") is not None]
     except Exception as e:
-        raise UserError(f"W&B run {source.name}: cannot be read ({type(e).__name__}: {first_line(e)})") from None
+        raise Unusable(f"W&B run {source.name}: cannot be read ({type(e).__name__}: {first_line(e)})") from None
     lines.sort(key=lambda line: line["step"])
-    return checked(Run(source.name, config, lines, decisions=[]))
+    try:
+        return checked(Run(source.name, config, lines, decisions=[]))
+    except UserError as e:
+        raise Unusable(str(e), config) from None
 
 
 def plain(row: dict[str, Any]) -> dict[str, Any]:

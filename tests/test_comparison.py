@@ -22,10 +22,11 @@ from trainer.errors import UserError
 from trainer.settings import COMPARED, ROLES, Settings, keys
 
 ROOT = Path(__file__).parent.parent
+START = {"step": 0, "changed": {}, "code_sha256": "c", "matmul_precision": "highest"}
 BASE = Settings().flat() | {
     **dict(dataset="stdlib", data_sha256={"train.bin": "a"}, weights_sha256=None, weights_from=None, incomplete=[]),
     **dict(max_iters=100, eval_interval=10, log_interval=10, n_exp=4, chrono_router=True, chrono_coherence=True),
-    **dict(margin=0.02, threads=2, ranks=1, code_sha256="c", history=[{"step": 0, "changed": {}, "code_sha256": "c"}]),
+    **dict(margin=0.02, threads=2, ranks=1, code_sha256="c", history=[START], vocab_size=257),
 }
 
 
@@ -68,8 +69,8 @@ def test_a_real_effect_is_found_and_its_size_is_right(tmp_path):
     analysis = analyse(arms_of(tmp_path, effect=-0.05))
     on_off = analysis.row(FIRST)
     assert on_off.contrast.mean == pytest.approx(-0.05 * 0.9, abs=0.005)  # the mean of steps 80, 90 and 100
-    assert "An effect (exact p = 0.00781): 'on' lowers the loss." in verdict(analysis, on_off)
-    assert conclusion(analysis).startswith("Beta lowers the validation loss, and more than")
+    assert "An effect (exact p = 0.00781): the loss is lower with 'on' than with 'off'." in verdict(analysis, on_off)
+    assert conclusion(analysis).startswith("Beta lowers the validation loss, and the loss is lower than with a beta")
     assert analysis.check[0].contrast.mean == pytest.approx(-0.05, abs=0.005)
 
 
@@ -81,9 +82,7 @@ def test_an_effect_that_the_placebo_has_too_is_not_coherences(tmp_path):
 def test_an_effect_without_a_margin_leaves_the_placebo_undecided(tmp_path):
     no_margin = {arm: {"margin": None} for arm in ARMS}
     analysis = analyse(arms_of(tmp_path, effect=-0.05, placebo=-0.05, changes=no_margin))
-    assert conclusion(analysis).endswith(
-        "whether more or less than a beta that follows another expert's coherence does is undecided."
-    )
+    assert conclusion(analysis).endswith("follows another expert's coherence is undecided.")
 
 
 def test_three_verdicts(tmp_path):
@@ -103,7 +102,8 @@ def test_three_verdicts(tmp_path):
 
 def test_a_small_effect_is_said_to_be_within_the_margin(tmp_path):
     analysis = analyse(arms_of(tmp_path, effect=-0.01, noise=0.001))
-    assert "'on' lowers the loss, by less than the margin of 0.02." in verdict(analysis, analysis.row(FIRST))
+    assert "lower with 'on' than with 'off', by less than the margin of 0.02." in verdict(analysis, analysis.row(FIRST))
+    assert "lowers the validation loss, by less than the margin of 0.02 nats" in conclusion(analysis)
 
 
 def test_the_placebo_gets_no_verdict_where_no_effect_was_found(tmp_path):
@@ -181,7 +181,7 @@ def test_settings_that_do_nothing_or_only_round_otherwise_are_no_reason_to_leave
 def test_a_runs_arm_is_the_stored_one_and_has_to_fit_its_settings(tmp_path):
     with pytest.raises(UserError, match="its arm is 'on', but chrono_signal is 'load'"):
         load_run(write_run(tmp_path / "a", 1, arm="on", chrono_signal="load"))
-    with pytest.raises(UserError, match="no arm 'best'"):
+    with pytest.raises(UserError, match="arm='best' must be one of"):
         load_run(write_run(tmp_path / "b", 1, arm="best"))
     old = write_run(tmp_path / "old", 1)
     config = json.loads((old / "config.json").read_text())
@@ -210,12 +210,12 @@ def test_every_setting_has_a_role_and_what_is_computed_is_compared():
 
 
 def test_runs_of_a_pair_come_from_the_same_code(tmp_path):
-    other = {"code_sha256": "d", "history": [{"step": 0, "changed": {}, "code_sha256": "d"}]}
+    other = {"code_sha256": "d", "history": [START | {"code_sha256": "d"}]}
     folders = [write_run(tmp_path / f"off{seed}", seed, **(other if seed == 3 else {})) for seed in range(4)]
     folders += [write_run(tmp_path / f"on{seed}", seed, arm="on", **(other if seed > 1 else {})) for seed in range(4)]
-    mixed = [{"step": 0, "code_sha256": "c"}, {"step": 50, "code_sha256": "d"}]
+    mixed = [START, START | {"step": 50, "code_sha256": "d"}]
     folders += [write_run(tmp_path / f"{arm}4", 4, arm=arm, history=mixed) for arm in ("off", "on")]
-    redone = [{"step": 0, "code_sha256": "d"}, {"step": 0, "code_sha256": "c"}]  # killed before its first checkpoint
+    redone = [START | {"code_sha256": "d"}, START]  # killed before its first checkpoint
     folders += [write_run(tmp_path / f"{arm}5", 5, arm=arm, history=redone) for arm in ("off", "on")]
     arms, *_ = group_into_arms(load_runs(folders)[0])
     good, left_out = pairs(arms, "on", "off")
@@ -226,13 +226,14 @@ def test_runs_of_a_pair_come_from_the_same_code(tmp_path):
 
 def test_a_run_whose_settings_changed_on_the_way_is_left_out(tmp_path):
     history = [
-        {"step": 0, "changed": {}},
-        {"step": 50, "changed": {"chrono_eta": [1e-4, 1e-3], "max_iters": [50, 100], "device": ["cuda", "cpu"]}},
+        START,
+        START
+        | {"step": 50, "changed": {"chrono_eta": [1e-4, 1e-3], "max_iters": [50, 100], "device": ["cuda", "cpu"]}},
     ]
     folders = [write_run(tmp_path / "a", 1, history=history[:1]), write_run(tmp_path / "b", 2, history=history)]
     runs, left_out = load_runs(folders)
     assert [run.seed for run in runs] == [1]
-    (line,) = left_out
+    (line,) = map(str, left_out)
     assert str(tmp_path / "b") in line and "another chrono_eta," in line
 
 
@@ -260,7 +261,7 @@ DAMAGE = [
     (lambda f: (f / "metrics.jsonl").unlink(), "no metrics.jsonl"),
     (lambda f: (f / "config.json").write_text("{"), "cannot be read"),
     (lambda f: (f / "config.json").write_text("[]"), "not that of a run"),
-    (lambda f: config_of(f, eval_interval=0), "not those of a run"),
+    (lambda f: config_of(f, eval_interval=0), "eval_interval=0 must be a whole number at least 1"),
     (lambda f: lines_of(f, lambda lines: [*lines[:-1], lines[-1][:-9]]), "line 11 of metrics.jsonl is cut"),
     (lambda f: lines_of(f, lambda lines: [*lines[:-1], '{"step": 100, "val/loss": null}']), "not a number"),
     (lambda f: lines_of(f, lambda lines: lines[:5]), "step 40 of 100, still training"),
@@ -275,6 +276,15 @@ DAMAGE = [
     (lambda f: config_of(f, history=["x"]), "no history of its starts"),
     (lambda f: config_of(f, weights_sha256="unknown"), "which weights it started from is not known"),
     (lambda f: (f / "decisions.jsonl").write_text("x"), "decisions.jsonl: cannot be read"),
+    (lambda f: (f / "decisions.jsonl").write_text('{"x": 1}\n'), "decisions.jsonl: cannot be read ("),
+    (lambda f: config_of(f, dataset=...), "dataset is missing"),
+    (lambda f: config_of(f, margin="0.1"), "margin='0.1' must be a number"),
+    (lambda f: config_of(f, margin=True), "margin=True must be a number"),
+    (
+        lambda f: lines_of(f, lambda lines: [lines[0].replace("}", ', "x": "y"}'), *lines[1:]]),
+        "a metric is not a number",
+    ),
+    (lambda f: (config_of(f, max_iters=0), lines_of(f, lambda lines: [])), "step 0 of 0"),
 ]
 
 
@@ -284,13 +294,14 @@ def test_a_run_that_cannot_be_used_is_left_out_with_one_line(tmp_path, damage, s
     damage(bad)
     runs, left_out = load_runs([good, bad])
     assert [run.folder for run in runs] == [good]
-    assert len(left_out) == 1 and said in left_out[0] and str(bad) in left_out[0] and "\n" not in left_out[0]
+    (reason,) = map(str, left_out)
+    assert said in reason and str(bad) in reason and "\n" not in reason
     with pytest.raises(UserError):
         load_run(bad)
 
 
 def test_a_run_that_was_made_longer_counts_with_the_evaluations_of_its_schedule(tmp_path):
-    history = [{"step": 0, "changed": {}}, {"step": 95, "changed": {"max_iters": [95, 100]}}]
+    history = [START, START | {"step": 95, "changed": {"max_iters": [95, 100]}}]
     folder = write_run(tmp_path / "a", 1, history=history)
     extra = json.dumps({"step": 95, "val/loss": 50.0})
     lines_of(folder, lambda lines: [*lines[:-1], extra, lines[-1]])
@@ -317,21 +328,78 @@ def test_time_to_a_loss_is_linear_between_evaluations(tmp_path):
     assert steps_to_loss(run, 99) == 0 and math.isnan(steps_to_loss(run, 0))
 
 
-def test_a_study_extended_after_its_report_says_so(tmp_path, capsys):
-    folders = write_study(tmp_path / "runs", effect=0.0, seeds=10)
+def test_a_run_that_could_not_be_used_takes_the_verdict_away(tmp_path, capsys):
+    """Or else the verdict would be about the runs that survived, and beta may be why others did not."""
+    folders = write_study(tmp_path / "runs", effect=-0.05)
+    for seed in (2, 5):
+        lines_of(tmp_path / "runs" / f"on{seed}", lambda lines: lines[:5])
     out = f"--out_dir={tmp_path / 'report'}"
-    compare.main([*map(str, folders[:18]), out])
-    compare.main([*map(str, folders[:18]), out])  # the same again is no extension
-    assert "study was extended" not in capsys.readouterr().out
-    compare.main([*map(str, folders), out])
+    compare.main([str(tmp_path / "runs"), out])
     said = capsys.readouterr().out
-    assert "This study was extended after its report was written" in said and "it had 18 runs of 100 steps" in said
-    assert "extended" in (tmp_path / "report" / "report.html").read_text()
-    compare.main([*map(str, folders), out])  # and goes on saying so
-    assert "it had 18 runs" in capsys.readouterr().out
+    assert said.startswith(
+        "No verdict: runs of 'on' could not be used (seed 2, 5), and what they would show is not known"
+    )
+    assert "lower" not in said
+    # the user's own choice of runs is another matter, and a run that is there twice is not lost
+    chosen = [str(folder) for folder in folders if not folder.name.endswith(("2", "5"))]
+    compare.main([*chosen, out])
+    assert capsys.readouterr().out.startswith("Beta lowers the validation loss")
+    write_run(tmp_path / "again", 2, -0.05, arm="on")
+    write_run(tmp_path / "again5", 5, -0.05, arm="on")
+    compare.main([*map(str, folders), str(tmp_path / "again"), str(tmp_path / "again5"), out])
+    assert capsys.readouterr().out.startswith("Beta lowers the validation loss")
+
+
+def test_a_study_changed_after_its_report_says_so(tmp_path, capsys):
+    folders = write_study(tmp_path / "runs", effect=0.0, seeds=10)
+    names = [f"--out_dir={tmp_path / 'report'}"]
+
+    def said(runs):
+        compare.main([*map(str, runs), *names])
+        return [line for line in capsys.readouterr().out.splitlines() if "after its report was written" in line]
+
+    on_off = [folder for folder in folders[:24] if not folder.name.startswith("shuffled")]
+    assert not said(on_off)
+    assert not said(on_off)  # the same again
+    assert not said(folders[:24])  # another arm beside the same pairs
+    (line,) = said(folders)
+    assert "it had 8 pairs of 100 steps, now it has 10 of 100" in line
+    assert line[2:] in (tmp_path / "report" / "report.html").read_text().replace("&#39;", "'")
+    assert len(said(folders[:18])) == 2  # fewer pairs than either
+    other = [
+        write_run(tmp_path / f"{arm}{seed}", seed, arm=arm, learning_rate=0.1)
+        for arm in ("off", "on")
+        for seed in (1, 2)
+    ]
+    assert not said(other)  # another study in the same folder
     (tmp_path / "report" / "comparison.json").write_text("{}")
-    compare.main([*map(str, folders), out])
-    assert "extended after an earlier report is not known" in capsys.readouterr().out
+    for _ in range(2):  # and that is not forgotten
+        compare.main([*map(str, folders), *names])
+        assert "changed after an earlier report is not known" in capsys.readouterr().out
+
+
+def test_a_study_that_was_undecided_with_enough_pairs_asks_for_more(tmp_path):
+    effects = [0.011, 0.0, 0.021, 0.012, 0.013, -0.001, 0.019, 0.012]
+    for seed, effect in enumerate(effects):
+        write_run(tmp_path / f"off{seed}", seed)
+        write_run(tmp_path / f"on{seed}", seed, effect / 0.9 * 1.3, arm="on")
+    analysis = analyse(group_into_arms(load_runs(tmp_path.iterdir())[0])[0])
+    c = analysis.row(FIRST).contrast
+    assert not c.found or not c.equivalent
+    text = conclusion(analysis)
+    if text.startswith("Undecided") and c.pairs_to_decide[0] <= c.n:
+        assert "if the effect is as large as it seems" in text
+
+
+def test_runs_that_begin_at_other_steps_or_with_another_vocabulary_get_no_verdict(tmp_path):
+    for key, one in (("vocab_size", {"vocab_size": 600}), ("first_step", {"history": [START | {"step": 50}]})):
+        arms = arms_of(tmp_path / key, effect=-0.5, changes={"on": one})
+        assert conclusion(analyse(arms)).startswith(f"No verdict: 'on' and 'off' differ also in {key} (")
+
+
+def test_arms_on_other_machines_are_told(tmp_path):
+    analysis = analyse(arms_of(tmp_path, effect=0.0, changes={"on": {"torch": "2.11"}, "off": {"torch": "2.13"}}))
+    assert any("'on' and 'off' differ in torch, and so in rounding" in line for line in analysis.warnings)
 
 
 def test_a_plan_says_how_many_pairs_decide(tmp_path, capsys):
@@ -343,8 +411,14 @@ def test_a_plan_says_how_many_pairs_decide(tmp_path, capsys):
     assert f"{n} pairs ({low} to {high}) decide about a margin of 0.02 nats" in said
     with pytest.raises(UserError, match=r"margin='x' must be a number above 0"):
         compare.main(["--plan", str(tmp_path / "pilot"), "--margin=x"])
+    with pytest.raises(UserError, match="margin=None must be a number"):
+        compare.main(["--plan", str(tmp_path / "pilot"), "--margin=None"])
     with pytest.raises(UserError, match="no config"):
         compare.main(["--plan", str(tmp_path / "none"), "--margin=0.02"])
+    with pytest.raises(UserError, match="--plan takes folders"):
+        compare.main(["--plan", str(tmp_path / "pilot"), "--seeds=3"])
+    compare.main(["--plan", str(tmp_path / "pilot"), "--margin=1e-6"])
+    assert "over 100000 pairs (over 100000 to over 100000)" in capsys.readouterr().out
 
 
 TINY = [
@@ -424,6 +498,11 @@ def test_finished_runs_are_kept_only_for_the_settings_data_and_arm_they_had(smal
     write_dataset(data, seed=1)
     with pytest.raises(UserError, match="holds a run with data_sha256="):
         compare.main([*command, f"--dataset={data}"])
+    meta = Path(next(a for a in command if a.startswith("--dataset=")).partition("=")[2]) / "meta.json"
+    meta.write_text('{"vocab_size": 600}')
+    with pytest.raises(UserError, match="holds a run with vocab_size=11, and vocab_size=600"):
+        compare.main(command)
+    meta.write_text('{"vocab_size": 11}')
     shutil.copytree(out, tmp_path / "study")
     (tmp_path / "study" / "on_seed1").rename(tmp_path / "study" / "x")
     (tmp_path / "study" / "off_seed1").rename(tmp_path / "study" / "on_seed1")
@@ -526,6 +605,8 @@ def test_a_signal_to_the_study_ends_its_runs_saved_and_the_same_command_goes_on(
     ("arguments", "said"),
     [
         (["config/study.py", "--arms=of"], "there is no arm 'of'"),
+        (["config/study.py", "--arms=on,on"], "an arm is there twice"),
+        (["config/study.py", "--eval_only=True"], "a study trains its runs"),
         (["config/study.py", "--seeds=0"], "--seeds=0 must be a whole number"),
         (["config/study.py", "--seed=3"], "give --seeds=N"),
         (["config/study.py", "--chrono_bta=1"], "did you mean chrono_beta?"),
@@ -582,7 +663,7 @@ def test_runs_from_wandb_compare_as_those_on_disk(tmp_path, monkeypatch, capsys)
 
 
 def test_a_run_from_wandb_is_refused_as_from_disk_and_has_no_checkpoint_here(tmp_path, monkeypatch):
-    history = [{"step": 0, "changed": {}}, {"step": 50, "changed": {"learning_rate": [1e-3, 1e-2]}}]
+    history = [START, START | {"step": 50, "changed": {"learning_rate": [1e-3, 1e-2]}}]
     resumed = write_run(tmp_path / "resumed", 1)
     source = FakeRun(resumed)
     source.config["history"] = history
@@ -599,6 +680,18 @@ def test_a_run_from_wandb_is_refused_as_from_disk_and_has_no_checkpoint_here(tmp
         probe(run)
 
 
+def test_a_digit_changed_in_a_finished_runs_logs_is_seen(small_study, tmp_path):
+    _, out = small_study
+    folder = tmp_path / "run"
+    shutil.copytree(out / "on_seed1", folder)
+    load_run(folder)
+    text = (folder / "metrics.jsonl").read_text()
+    place = text.rindex('"val/loss": ') + len('"val/loss": ')
+    (folder / "metrics.jsonl").write_text(text[:place] + str((int(text[place]) + 1) % 10) + text[place + 1 :])
+    with pytest.raises(UserError, match=r"metrics\.jsonl is not what the run wrote"):
+        load_run(folder)
+
+
 def test_the_probe_reads_the_last_checkpoint_or_none(small_study, tmp_path):
     _, out = small_study
     folder = tmp_path / "run"
@@ -613,6 +706,9 @@ def test_the_probe_reads_the_last_checkpoint_or_none(small_study, tmp_path):
         probe(run, batches=1)
     shutil.copy(folder / "ckpt_previous.pt", folder / "ckpt.pt")
     with pytest.raises(UserError, match="is of step 6, the run ended at 8"):
+        probe(run, batches=1)
+    shutil.copy(out / "on_seed2" / "ckpt.pt", folder / "ckpt.pt")
+    with pytest.raises(UserError, match="is of another run: its seed is 2"):
         probe(run, batches=1)
     (folder / "ckpt.pt").unlink()
     with pytest.raises(UserError, match="there is no"):

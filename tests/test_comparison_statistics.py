@@ -24,8 +24,9 @@ from comparison.statistics import (
 from trainer.arms import ARMS
 from trainer.settings import Settings
 
+START = {"step": 0, "code_sha256": "c", "matmul_precision": "highest"}
 SD = 0.02  # of one run's loss about its seed's; a difference has SD * sqrt(2)
-CLAIM = re.compile(r"\b(lowers|raises)\b|An effect")
+CLAIM = re.compile(r"\b(lowers|raises)\b|An effect|loss is (lower|higher)")
 EQUIVALENCE = re.compile(r"no effect on the validation loss larger|No effect larger|same loss within")
 
 
@@ -108,7 +109,7 @@ def test_pairs_needed_decide_with_the_planned_power_and_one_less_do_not():
         powers = [min(power_to_exclude(k, margin / sd), power_to_find(k, margin / sd)) for k in (n - 1, n)]
         assert powers[0] < POWER + 0.02 and powers[1] >= POWER
     assert pairs_needed(0.0, 0.01) == FEWEST_PAIRS
-    assert pairs_needed(1.0, 1e-9) == 100_000
+    assert pairs_needed(1.0, 1e-9) is None
 
 
 def study(rng, pairs, effects, margin=0.03, spread=SD, arms=("off", "on", "shuffled", "load")):
@@ -118,7 +119,7 @@ def study(rng, pairs, effects, margin=0.03, spread=SD, arms=("off", "on", "shuff
         settings = ARMS[arm] | {"arm": arm, "margin": margin, "max_iters": 40, "eval_interval": 10}
         made[arm] = {}
         for seed in range(pairs):
-            config = Settings().flat() | settings | {"seed": seed, "history": [{"step": 0}]}
+            config = Settings().flat() | settings | {"seed": seed, "history": [START]}
             loss = 2 + 0.1 * seed + effects.get(arm, 0.0) + rng.normal(0, spread)
             metrics = {"routing/L0/neff": rng.normal(7, 1), "routing/L0/load_cv": rng.random()}
             lines = [{"step": step, "val/loss": loss + 1 - step / 40, **metrics} for step in range(0, 41, 10)]
@@ -180,7 +181,7 @@ def test_the_placebo_is_tested_only_after_an_effect_and_its_claims_hold_five_of_
         analysis = analyse(study(rng, 8, {"on": -0.1, "shuffled": -0.1}, arms=("off", "on", "shuffled")))
         text = conclusion(analysis)
         tested += no_verdict(analysis, SECOND) is None
-        wrong += ", and more than" in text or ", and less than" in text
+        wrong += "the loss is lower than with" in text or "the loss is higher than with" in text
     assert tested > 490 and at_most(wrong / 500, 0.05, 500)
     analysis = analyse(study(rng, 8, {"shuffled": 0.5}))
     assert "tested only where 'on' against 'off' finds an effect" in verdict(analysis, analysis.row(SECOND))

@@ -302,7 +302,7 @@ def test_a_process_that_dies_is_one_line(tmp_path):
 
 
 def test_a_folder_that_another_preparation_writes_to_is_refused(tmp_path):
-    with held(tmp_path / "out"), pytest.raises(UserError, match="another run is writing"):
+    with held(tmp_path / "out"), pytest.raises(UserError, match="another process is writing"):
         prepare_text(folder_of(tmp_path / "in", many(3)), f"--out={tmp_path / 'out'}", "--jobs=1")
 
 

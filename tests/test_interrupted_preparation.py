@@ -220,7 +220,7 @@ def test_a_second_preparation_is_refused_and_changes_nothing(prepare, root, tmp_
     out = tmp_path / "out"
     old_dataset(out, "whole")
     before = seen(out)
-    with held(out), pytest.raises(UserError, match="another run is writing to") as error:
+    with held(out), pytest.raises(UserError, match="another process is writing to") as error:
         prepare(out, root)
     assert "\n" not in str(error.value)
     assert seen(out) == before

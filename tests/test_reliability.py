@@ -415,7 +415,7 @@ def test_a_second_run_in_the_folder_is_refused_while_the_first_is_alive(keys, tm
     second = child.start(keys(out, init_from="resume"), other)
     assert child.finish(second) == 2
     (line,) = other.read_text().splitlines()
-    assert line.startswith("error: another run is writing to") and str(first.pid) in line
+    assert line.startswith("error: another process is writing to") and str(first.pid) in line
     first.kill()
     assert child.finish(first) == -9
     count = metrics(out)[-2]["step"]

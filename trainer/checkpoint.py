@@ -204,6 +204,22 @@ def load(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
+def without_tensors(path: Path) -> dict[str, Any]:
+    """The checkpoint in a file for its numbers and names: tensors are mapped, not read, and the digest is not checked.
+
+    Raises FileNotFoundError or Damaged.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise
+    except Exception:  # damaged bytes raise nearly anything
+        raise Damaged("it is cut or no checkpoint") from None
+    if not isinstance(saved, dict):
+        raise Damaged("it is no checkpoint")
+    return saved
+
+
 def is_ours(checkpoint: dict[str, Any]) -> bool:
     """Written by this program, not by nanoMoE."""
     return "random" in checkpoint

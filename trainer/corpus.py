@@ -113,7 +113,7 @@ def replace_dataset(
 
     Raises UserError if `out` cannot be written, or without `unless` if another process prepares it.
     """
-    with held(out, wait=LONGEST_WAIT if unless else 0):
+    with held(out, wait=LONGEST_WAIT if unless else 0, option="--out"):
         if unless and unless():
             return
         try:

@@ -40,6 +40,7 @@ class TokenData:
         self.block_size = block_size
         self.meta = read_meta(folder)
         self.vocab_size: int = self.meta.get("vocab_size", GPT2_VOCAB_SIZE)
+        self.stats: dict[str, os.stat_result] = {}
         self.tokens = {split: self._open(split) for split in SPLITS}
         if read_meta(folder) != self.meta:  # meta.json changes before the token files do
             raise UserError(f"{folder} was prepared again while it was opened; start again")
@@ -47,8 +48,10 @@ class TokenData:
     def _open(self, split: str) -> np.ndarray:
         path = self.folder / f"{split}.bin"
         try:
-            size = path.stat().st_size
-            tokens = np.memmap(path, dtype=np.uint16, mode="r") if size > 1 and size % 2 == 0 else None
+            with path.open("rb") as f:
+                self.stats[split] = stat = os.fstat(f.fileno())  # of this file, whatever replaces it later
+                size = stat.st_size
+                tokens = np.memmap(f, dtype=np.uint16, mode="r") if size > 1 and size % 2 == 0 else None
         except OSError as e:
             prepare = self.folder / "prepare.py"
             hint = f"run {prepare} first" if prepare.exists() else "a dataset is train.bin and val.bin"
@@ -69,7 +72,7 @@ class TokenData:
         found = {}
         for split in SPLITS:
             path = self.folder / f"{split}.bin"
-            stat = path.stat()
+            stat = self.stats[split]
             look = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
             before = (known or {}).get(path.name)
             if isinstance(before, dict) and look.items() <= before.items() and "sha256" in before:

@@ -20,6 +20,7 @@ CODE = ("train.py", "model.py", "cross_entropy.py", "chronomoe/*.py", "trainer/*
 # of a pair must agree, and 'record', which says what happened and is not compared.
 ENVIRONMENT = {
     "data_sha256": "computed",  # of the token files, by name
+    "vocab_size": "model",
     "weights_sha256": "computed",  # of the weights that the run started from; None: from scratch
     "matmul_precision": "pair",  # torch.get_float32_matmul_precision()
     "code_sha256": "pair",  # of the files that a training run executes

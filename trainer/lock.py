@@ -19,11 +19,12 @@ HOLDER = ".lock.holder"
 
 
 @contextlib.contextmanager
-def held(out_dir: Path, wait: float = 0) -> Iterator[None]:
-    """Hold out_dir, made if it is not there, against other runs, on other hosts too where its file system can tell.
+def held(out_dir: Path, wait: float = 0, option: str = "--out_dir") -> Iterator[None]:
+    """Hold out_dir, made if it is not there, against other processes, on other hosts too if its file system can tell.
 
-    The system gives the lock back when the process ends, however it ends. Raises UserError if another run holds it, for
-    longer than `wait` seconds, or the folder cannot be written.
+    The system gives the lock back when the process ends, however it ends. Raises UserError, which names the `option` of
+    the command line that gives the folder, if another process holds it for longer than `wait` seconds, or if the folder
+    cannot be written.
     """
     made = not os.path.exists(out_dir)
     holder = out_dir / HOLDER
@@ -37,14 +38,16 @@ def held(out_dir: Path, wait: float = 0) -> Iterator[None]:
     except Timeout:
         who = ""
         with contextlib.suppress(OSError, UnicodeDecodeError):
-            who = f" ({holder.read_text()})"
-        raise UserError(f"another run is writing to {out_dir}{who}: wait for it, or give another --out_dir") from None
+            who = f" ({holder.read_text() or 'it has just started'})"
+        raise UserError(
+            f"another process is writing to {out_dir}{who}: wait for it, or give another {option}"
+        ) from None
     except OSError as e:
         if e.errno in (errno.ENOLCK, errno.EOPNOTSUPP):
-            print(f"{out_dir} is on a file system without locks: nothing keeps a second run out of it")
+            print(f"{out_dir} is on a file system without locks: nothing keeps a second process out of it")
             yield
             return
-        raise UserError(f"cannot write to out_dir {out_dir}: {e.strerror or e}") from None
+        raise UserError(f"cannot write to {out_dir}: {e.strerror or e}") from None
     try:
         yield
     finally:

@@ -15,11 +15,11 @@ from chronomoe.beta import derangement
 from chronomoe.config import THRESHOLDS
 from trainer import checkpoint as checkpoints
 from trainer import settings as setting
-from trainer.arms import contradiction
+from trainer.arms import arm_of
 from trainer.environment import UNKNOWN
 from trainer.errors import UserError
 from trainer.ranks import Ranks, job
-from trainer.runlog import history_in, holds_a_run
+from trainer.runlog import evaluations_in, history_in, holds_a_run
 from trainer.settings import Settings
 from trainer.streams import DROPOUT_AND_NOISE, stream_seed
 from trainer.weights import OF_EXPERTS, digest, plain_names, without_state
@@ -66,6 +66,12 @@ def folder(given: dict[str, Any], again: bool = False) -> Path:
             f"there is no checkpoint {out_dir / checkpoints.NAME} to resume from; "
             "--init_from=auto starts the run if there is none"
         )
+    if not starts_anew(init_from) and not checkpoints.exists(out_dir) and evaluations_in(out_dir) > 1:
+        # before the first checkpoint there is one evaluation at most
+        raise UserError(
+            f"{out_dir} has the logs of a run and no checkpoint: put its {checkpoints.NAME} back, give another "
+            "--out_dir, or remove it"
+        )
     return out_dir
 
 
@@ -87,11 +93,15 @@ def begin(given: dict[str, Any], again: bool = False) -> Start:
                 f"{key}={given[key]}, but the checkpoint in {out_dir} has {key}={before[key]}: a model's shape cannot "
                 f"change on resume; leave {key} out, or start a run with another --out_dir"
             )
-    not_taken = setting.names_with_role("start", "machine")
-    if not checkpoints.is_ours(saved):
+    ours = checkpoints.is_ours(saved)
+    of_a_start = setting.names_with_role("start")
+    not_taken = of_a_start + setting.names_with_role("machine")
+    if not ours:
         not_taken += setting.names_with_role("numerics")  # nanoMoE's defaults, which its user did not choose
     merged = {key: value for key, value in before.items() if key not in not_taken} | given
-    if "arm" not in given and contradiction(merged.get("arm", ""), merged):
+    if ours and given.get("dtype") == "auto":
+        merged["dtype"] = before.get("dtype", "auto")  # a run keeps its precision
+    if "arm" not in given and arm_of(merged) != arm_of(before):
         merged["arm"] = ""  # the keys that are given make it another one
     s = setting.from_values(merged)
     if s.max_iters < saved["iter_num"] and not s.eval_only:
@@ -99,12 +109,14 @@ def begin(given: dict[str, Any], again: bool = False) -> Start:
             f"max_iters={s.max_iters}, but the checkpoint in {out_dir} is of step {saved['iter_num']}: give at least "
             "that many steps, or start a run with another --out_dir"
         )
+    # a key that an older version did not have was at its default, but for the arm
+    was = {key: option.default for key, option in setting.keys().items() if ours and key != "arm"} | before
     changed = {
-        key: [before[key], value]
+        key: [was[key], value]
         for key, value in s.flat().items()
-        if key in before and before[key] != value and value != "auto" and key not in ("init_from", "out_dir")
+        if key in was and was[key] != value and value != "auto" and key not in of_a_start
     }
-    notes += [f"resume: {key}={now}, before {was}" for key, (was, now) in changed.items()]
+    notes += [f"resume: {key}={now}, before {earlier}" for key, (earlier, now) in changed.items()]
     vocab_size = saved["model_args"].get("vocab_size")
     source, sha256 = _origin(saved, str(out_dir / checkpoints.NAME))
     return Start(s, saved, None, source, sha256, vocab_size, changed, notes, damaged)

@@ -89,7 +89,7 @@ class RunLog:
 
     def _open_logs(self, step: int, saved: dict[str, Any] | None) -> dict[str, JsonLines]:
         saved = {"lines": {"metrics": 0, "decisions": 0}} if saved is None else saved
-        lines, sha256 = saved.get("lines") or {}, saved.get("lines_sha256") or {}
+        lines, sha256 = _values_in(saved, "lines", int), _values_in(saved, "lines_sha256", str)
         # a step whose evaluation was cut short has no line yet
         last = {"metrics": step - 1 if saved.get("unfinished") else step, "decisions": step}
         return {
@@ -253,6 +253,17 @@ def holds_a_run(out_dir: Path) -> bool:
     return (os.path.isfile(metrics) and os.path.getsize(metrics) > 0) or checkpoint.exists(out_dir)
 
 
+def evaluations_in(out_dir: Path) -> int:
+    """Evaluations after step 0 in the readable lines of metrics.jsonl."""
+    count = 0
+    with contextlib.suppress(OSError), (out_dir / "metrics.jsonl").open("rb") as f:
+        for line in f:
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                values = parse_json(line)
+                count += values["step"] > 0 and "val/loss" in values
+    return count
+
+
 def history_in(path: Path) -> list[Any]:
     """The history in a config.json; empty where there is none that can be read."""
     return _list_in(_read_config(path), "history")
@@ -278,6 +289,12 @@ def _read_config(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return config if isinstance(config, dict) else {}
+
+
+def _values_in(record: dict[str, Any], key: str, kind: type) -> dict[str, Any]:
+    """The values of that kind in a dict in the record; what is damaged counts as missing."""
+    found = record.get(key)
+    return {k: v for k, v in found.items() if isinstance(v, kind)} if isinstance(found, dict) else {}
 
 
 def _list_in(record: dict[str, Any], key: str) -> list[Any]:

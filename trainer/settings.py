@@ -207,12 +207,13 @@ def given(arguments: list[str], known: dict[str, Option] | None = None) -> dict[
             raise UserError(f"{argument}: write settings as --key=value")
         key = known.get(name) or unknown(name, argument, known)
         overrides[name] = check(key, parse_value(key, text), "command line")
+    # --arm wins over config files; an arm that a config file names must agree with the other keys
     arm = overrides.get("arm", values.get("arm"))
+    explicit = overrides if "arm" in overrides else values | overrides
     for name, value in ARMS.get(arm, {}).items():
-        if overrides.get(name, value) != value:
-            raise UserError(f"command line: {name}={overrides[name]!r}, but arm={arm!r} means {name}={value!r}")
-        overrides[name] = value
-    return values | overrides
+        if explicit.get(name, value) != value:
+            raise UserError(f"{name}={explicit[name]!r}, but arm={arm!r} means {name}={value!r}: leave one of them out")
+    return values | ARMS.get(arm, {}) | overrides
 
 
 def from_values(values: dict[str, Any]) -> Settings:
@@ -221,7 +222,8 @@ def from_values(values: dict[str, Any]) -> Settings:
     rest = {name: v for name, v in values.items() if not name.startswith(PREFIX)}
     # checked here, so that the message has the keys that users write
     for step, needed in missing_steps(types.SimpleNamespace(**(_defaults(ChronoConfig) | steps))):
-        raise UserError(f"{PREFIX}{step}=True needs {PREFIX}{needed}=True")
+        by_arm = f" (arm={rest['arm']!r} sets it)" if PREFIX + step in ARMS.get(rest.get("arm"), {}) else ""
+        raise UserError(f"{PREFIX}{step}=True{by_arm} needs {PREFIX}{needed}=True")
     settings = Settings(**rest, chrono=ChronoConfig(**steps))
     if settings.chrono.steps_on() and settings.n_exp == 1:
         raise UserError(

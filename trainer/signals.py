@@ -1,6 +1,6 @@
 """Ctrl-C, SIGTERM and a terminal that closes let the step end; a second signal stops at once.
 
-If the environment has CHRONO_STOP_WITH_PARENT=PID, the end of that process, which started this one, is a SIGTERM too.
+If the environment has CHRONO_STOP_WITH_PARENT=PID, the end of that process counts as a SIGTERM (on POSIX systems).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def caught_signals(ranks: int = 1) -> Iterator[list[int]]:
     heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
     before = {number: signal.signal(number, handle) for number in heard}
     ended = threading.Event()
-    if parent:
+    if parent and os.name == "posix":
         threading.Thread(target=_stop_with, args=(int(parent), caught, ended), name="parent", daemon=True).start()
     try:
         yield caught
@@ -67,9 +67,21 @@ def caught_signals(ranks: int = 1) -> Iterator[list[int]]:
 
 
 def _stop_with(parent: int, caught: list[int], ended: threading.Event) -> None:
-    """Send this process a SIGTERM once its parent is another one, unless a signal has come before."""
+    """Send this process a SIGTERM once the process `parent` is gone, unless a signal has come before."""
+    is_parent = os.getppid() == parent  # else a shell or torchrun stands between
     while not ended.wait(POLL):
-        if os.getppid() != parent:
+        if os.getppid() != parent if is_parent else not _exists(parent):
             if not caught:  # a second signal would end the process at once
+                _say(b"\nthe program that started this run is gone")
                 os.kill(os.getpid(), signal.SIGTERM)
             return
+
+
+def _exists(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

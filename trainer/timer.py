@@ -12,7 +12,7 @@ import torch
 class StepTimer:
     """Time since the last restart over the number of `steps` since then, without the time in `paused` blocks.
 
-    Reading the clock waits for the device: only the steps that are finished are measured.
+    Reading the clock waits for the device, so that the steps counted are finished.
     """
 
     def __init__(self, device: torch.device):
