@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from test_run_files import ALL_ON, TINY, write_dataset
@@ -37,6 +38,17 @@ def test_a_value_out_of_range_is_refused_by_the_library(owner, values, said):
     with pytest.raises(ValueError) as error:
         owner(**values)
     assert said in str(error.value)
+
+
+def test_numbers_of_other_types_are_converted_and_the_loops_settings_are_a_chronoconfig():
+    config = GPTConfig(n_layer=2.0, n_exp=np.int64(4), dropout=np.float32(0.5))
+    assert (config.n_layer, config.n_exp, config.dropout) == (2, 4, 0.5)
+    assert [type(v) for v in (config.n_layer, config.n_exp, config.dropout)] == [int, int, float]
+    for wrong in (None, {"router": True}):
+        with pytest.raises(ValueError, match="must be a ChronoConfig"):
+            GPTConfig(chrono=wrong)
+    with pytest.raises(ValueError, match=r"at least 1, and below 9\.22337e\+18"):
+        ChronoConfig(window=2**70)
 
 
 def test_a_key_of_the_model_has_one_description():

@@ -384,9 +384,28 @@ def test_a_run_whose_parent_was_killed_saves_and_ends(keys, tmp_path):
     assert checkpoint(out)["iter_num"] == metrics(out)[-1]["step"] > 1
 
 
+def test_a_process_between_a_run_and_its_parent_does_not_end_the_run(monkeypatch):
+    """A shell or torchrun, say: the process that is named is watched, alive or not."""
+    sent = []
+    monkeypatch.setattr(signals, "POLL", 0.001)
+    monkeypatch.setenv("CHRONO_STOP_WITH_PARENT", str(os.getpid()))  # not the parent of this process, but alive
+    kill = os.kill
+    monkeypatch.setattr(signals.os, "kill", lambda pid, number: sent.append(number) if number else kill(pid, number))
+    with signals.caught_signals():
+        time.sleep(0.05)
+    assert not sent
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    monkeypatch.setenv("CHRONO_STOP_WITH_PARENT", str(gone.pid))
+    with signals.caught_signals():
+        child.wait_for(lambda: sent, 5)
+    assert sent == [signal.SIGTERM]
+
+
 def test_a_signal_before_the_end_of_the_parent_is_the_only_one(monkeypatch):
     sent = []
     monkeypatch.setattr(signals.os, "kill", lambda pid, number: sent.append((pid, number)))
+    monkeypatch.setattr(signals, "_exists", lambda process: False)
     monkeypatch.setattr(signals, "POLL", 0.001)
     for caught in ([signal.SIGINT], []):
         signals._stop_with(os.getppid() + 1, caught, threading.Event())

@@ -337,6 +337,57 @@ def test_wandb_gets_the_history_and_what_is_incomplete(half, start, monkeypatch)
     assert config["history"][1]["changed"]["learning_rate"] == [1e-2, 5e-3] and config["incomplete"]
 
 
+def test_a_key_that_an_older_checkpoint_lacks_was_at_its_default(half, start):
+    config = {key: value for key, value in checkpoint(half)["config"].items() if key not in ("margin", "arm")}
+    as_before(half, config=config)
+    resume_whole(start, half, margin=0.7)
+    changed = config_of(half)["history"][1]["changed"]
+    assert changed["margin"] == [None, 0.7] and "arm" not in changed
+    assert config_of(half)["arm"] == "on"
+
+
+def test_dtype_auto_on_resume_is_the_runs_own(half, start):
+    as_before(half, config=checkpoint(half)["config"] | {"dtype": "bfloat16"})
+    with pytest.raises(UserError, match="dtype='bfloat16' needs CUDA"):
+        resume_whole(start, half, dtype="auto")
+
+
+def test_a_resumed_run_has_the_arm_that_its_keys_make(start, tmp_path):
+    steps = ALL_ON | {"chrono_signal": "load"}  # with other keys than the arm's: custom
+    assert start(tmp_path / "out", **steps, max_iters=1) == 0
+    assert config_of(tmp_path / "out")["arm"] == "custom"
+    for step, signal, arm in ((2, "shuffled", "shuffled"), (3, "coherence", "on")):
+        assert start(tmp_path / "out", init_from="resume", chrono_signal=signal, max_iters=step) == 0
+        assert config_of(tmp_path / "out")["arm"] == arm
+    assert start(tmp_path / "out", init_from="resume", learning_rate=1e-3) == 0
+    assert config_of(tmp_path / "out")["arm"] == "on"
+
+
+@pytest.mark.parametrize(
+    "damage", [{"lines_sha256": [1]}, {"lines": {"metrics": "a"}}, {"lines_sha256": {"metrics": 3}}]
+)
+def test_a_damaged_record_of_the_logs_counts_as_missing(damage, half, start):
+    torch.save(checkpoint(half) | damage, half / "ckpt.pt")
+    resume_whole(start, half)
+    assert metrics(half)[-1]["step"] == STEPS
+
+
+def test_auto_does_not_begin_again_over_the_logs_of_a_run_whose_checkpoints_are_gone(whole, start, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    for path in out.glob("ckpt*"):
+        path.unlink()
+    before = snapshot(out)
+    with pytest.raises(UserError) as error:
+        start(out, init_from="auto", max_iters=9)
+    assert "logs of a run and no checkpoint" in one_line(error)
+    assert snapshot(out) == before
+    # killed before its first checkpoint: one evaluation after step 0 at most
+    kept = [line for line in (out / "metrics.jsonl").read_text().splitlines() if json.loads(line)["step"] <= 3]
+    (out / "metrics.jsonl").write_text("\n".join(kept) + "\n")
+    assert start(out, init_from="auto") == 0
+
+
 # Data
 
 
@@ -357,6 +408,18 @@ def test_the_same_contents_under_another_name_are_no_change_of_data(half, start,
     resume_whole(start, half, dataset=tmp_path / "copy")
     assert config_of(half)["history"][1]["changed"].keys() == {"dataset", "max_iters"}
     assert {path for path in differing_state(half, whole) if not path.startswith("/data/")} == set()
+
+
+def test_the_fingerprint_is_that_of_the_files_that_are_read(tmp_path):
+    """Though others take their places in between."""
+    folder, other = write_dataset(tmp_path / "data", VOCAB), write_dataset(tmp_path / "other", VOCAB, seed=9)
+    opened = TokenData(folder, 8)
+    for split in ("train", "val"):
+        (other / f"{split}.bin").replace(folder / f"{split}.bin")
+    (other / "meta.json").replace(folder / "meta.json")
+    opened.meta.pop("sha256", None)
+    found = opened.fingerprint()
+    assert TokenData(folder, 8).fingerprint(found) != found
 
 
 # Time and the best loss

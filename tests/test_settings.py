@@ -12,6 +12,8 @@ import pytest
 
 import train
 from trainer import errors
+from trainer.arms import ARMS
+from trainer.errors import UserError
 from trainer.settings import from_arguments, keys
 
 ROOT = Path(__file__).parent.parent
@@ -408,6 +410,20 @@ def test_every_config_file_loads():
 def test_the_vertical_slice_has_all_five_steps_on():
     found = flat("config/vertical_slice.py")
     assert [found[key] for key in SWITCHES] == [True] * 5
+
+
+def test_an_arm_sets_its_keys_over_config_files_and_contradicts_no_explicit_key(tmp_path):
+    load = flat("config/vertical_slice.py", "--arm=load")
+    assert {key: load[key] for key in ARMS["load"]} == ARMS["load"] and load["arm"] == "load"
+    with pytest.raises(UserError, match=r"chrono_eta=0\.5, but arm='load' means chrono_eta=0\.001"):
+        from_arguments(["config/vertical_slice.py", "--arm=load", "--chrono_eta=0.5"])
+    wrong = write(tmp_path, "from config.vertical_slice import *\narm = 'off'\n")
+    with pytest.raises(UserError, match="chrono_beta=True, but arm='off' means chrono_beta=False"):
+        from_arguments([wrong])
+    assert flat(wrong, "--arm=shuffled")["chrono_signal"] == "shuffled"
+    assert flat(write(tmp_path, "from config.beta_off import *\narm = 'off'\n"))["arm"] == "off"
+    with pytest.raises(UserError, match=r"chrono_beta=True \(arm='load' sets it\) needs chrono_router=True"):
+        from_arguments(["--n_exp=4", "--arm=load"])
 
 
 def test_beta_off_differs_from_the_slice_in_beta_alone():
