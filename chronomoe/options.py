@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import math
 import types
 import typing
 from collections.abc import Mapping
@@ -69,7 +68,7 @@ class Option:
             return None
         kind, m = self.kind, self.metadata
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
-        if is_number and abs(value) >= LARGEST.get(kind, math.inf):
+        if is_number and kind in LARGEST and abs(value) >= LARGEST[kind]:
             raise ValueError(f"{self.name}={value!r} must be {self.expected()}, and below {LARGEST[kind]:g}")
         if kind is float and is_number:
             value = float(value)

@@ -274,7 +274,7 @@ def test_a_folder_that_cannot_be_written_gets_one_line(keys, dataset, tmp_path):
     log.chmod(0o666)
     assert child.finish(child.start(keys(tmp_path / "closed" / "out"), log, uid=uid)) == 2
     (line,) = log.read_text().splitlines()
-    assert line.startswith("error: cannot write to out_dir") and "Permission denied" in line
+    assert line.startswith("error: cannot write to /") and "Permission denied" in line
 
 
 # Signals

@@ -132,7 +132,7 @@ def test_evaluation_only_of_a_path_evaluates_the_checkpoint_with_its_beta(start,
     def evaluated(init_from, **changes):
         capsys.readouterr()
         assert start(tmp_path / "no_run", without=SHAPE, init_from=init_from, eval_only=True, **changes) == 0
-        return float(re.search(r"step 0: ([0-9.]+) nats", capsys.readouterr().out)[1])
+        return float(re.search(rf"validation loss of {source}: ([0-9.]+) nats", capsys.readouterr().out)[1])
 
     assert evaluated(source) == pytest.approx(expected, abs=1e-4)
     assert evaluated(f"auto:{source}") == pytest.approx(expected, abs=1e-4)
