@@ -195,15 +195,15 @@ def what_would_decide(c: Contrast) -> str:
     if c.margin is None:
         return "the runs declare no margin, so that there is no effect cannot be shown"
     n, low, high = c.pairs_to_decide
-    if n > c.n:
-        between = f"{_pairs(low)} to {_pairs(high)}"
-        return f"by the spread of these pairs, about {_pairs(n)} pairs ({between}) decide about {c.margin:g} nats"
+    if n is None or n > c.n:
+        between = " to ".join(_pairs(k).removeprefix("about ") for k in (low, high))
+        return f"by the spread of these pairs, {_pairs(n)} pairs ({between}) decide about {c.margin:g} nats"
     n = pairs_needed(c.sd, c.margin, c.mean)
-    return f"about {_pairs(n)} pairs decide, if the effect is as large as it seems from these"
+    return f"{_pairs(n)} pairs decide, if the effect is as large as it seems from these"
 
 
 def _pairs(n: int | None) -> str:
-    return f"over {MOST_PAIRS}" if n is None else str(n)
+    return f"over {MOST_PAIRS}" if n is None else f"about {n}"
 
 
 def conclusion(analysis: Analysis) -> str:

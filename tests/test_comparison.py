@@ -95,6 +95,8 @@ def test_three_verdicts(tmp_path):
     assert conclusion(noisy).startswith("Undecided: ") and f"about {n} pairs ({low} to {high}) decide" in conclusion(
         noisy
     )
+    tiny = analyse(arms_of(tmp_path / "tiny", effect=0.0, noise=0.06, changes={a: {"margin": 1e-7} for a in ARMS}))
+    assert "about over 100000 pairs" not in conclusion(tiny) and "over 100000 pairs" in conclusion(tiny)
     undeclared = {arm: {"margin": None} for arm in ARMS}
     silent = analyse(arms_of(tmp_path / "silent", effect=0.0, changes=undeclared))
     assert conclusion(silent).startswith("Undecided: ") and "the runs declare no margin" in conclusion(silent)
