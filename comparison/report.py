@@ -180,7 +180,7 @@ def draw(c: Comparison) -> list[tuple[str, str, Figure]]:
     seeds = {run.seed for run in c.shown.values()}
     one = f"Seed {min(seeds)} of each arm." if len(seeds) == 1 else "One run of each arm."
     found = [
-        ("Paired differences", "Each dot is one seed; square and bar: mean and 95% interval.",
+        ("Paired differences", "Each dot is one seed; square and bar: mean and 95% interval; shaded: the margin.",
          figures.differences(c.analysis.primary) if c.analysis.primary else None),
         ("Validation loss", f"{band} The first tenth is left out.",
          figures.curves(c.arms, "val/loss", "validation loss, nats per token", skip=start)),
