@@ -81,10 +81,11 @@ def main(arguments: list[str]) -> int:
     if len(runs) < 2:
         raise UserError("; ".join(left_out) or "one run: comparing takes two")
     arms_found, differing, doubles = group_into_arms(runs)
-    lost: dict[str, list[int]] = {}
-    for e in unusable:
-        if e.arm in arms_found and e.seed not in arms_found[e.arm]:
-            lost.setdefault(e.arm, []).append(e.seed)
+    lost: dict[str, set[str]] = {}  # seeds by arm; a run of an unknown arm may be of any
+    for e in (e for e in unusable if e.is_run):
+        for arm in [e.arm] if e.arm else arms_found:
+            if e.seed is None or e.seed not in arms_found.get(arm, {}):
+                lost.setdefault(arm, set()).add("unknown" if e.seed is None else str(e.seed))
     out = Path(own.get("out_dir", out))
     command = shlex.join(["python", "compare.py", *arguments])
     comparison = report.compare(arms_found, differing, left_out + doubles, lost, command, out)

@@ -69,7 +69,7 @@ class Option:
         kind, m = self.kind, self.metadata
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
         if is_number and kind in LARGEST and abs(value) >= LARGEST[kind]:
-            raise ValueError(f"{self.name}={value!r} must be {self.expected()}, and below {LARGEST[kind]:g}")
+            raise ValueError(f"{self.name}={value!r} must be {self.expected()}, of a size below {LARGEST[kind]:g}")
         if kind is float and is_number:
             value = float(value)
         elif kind is int and is_number and value == int(value):
@@ -116,8 +116,9 @@ def check_options(instance: Any) -> None:
     """Convert the fields of a dataclass to their types. Raises ValueError for a wrong type or a value out of range."""
     for name, declared in options_of(type(instance)).items():
         value = getattr(instance, name)
-        # numpy's and torch's scalars become Python's; setattr, because the dataclass may be frozen
-        object.__setattr__(instance, name, declared.check(value.item() if hasattr(value, "item") else value))
+        if getattr(value, "size", None) == 1 and hasattr(value, "item"):
+            value = value.item()  # a numpy scalar
+        object.__setattr__(instance, name, declared.check(value))  # the dataclass may be frozen
 
 
 def is_active(name: str, values: Mapping[str, Any], declared: Mapping[str, Option]) -> bool:

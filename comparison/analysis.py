@@ -49,7 +49,7 @@ class Analysis:
     check: list[Row]  # layer coherence, which says whether beta acted
     mixed_pairs: list[str]  # a line for each pair that is left out
     rounding: list[str]  # a line for each two arms that ran on other machines throughout
-    lost: dict[str, list[int]]  # seeds of the runs that could not be used, by arm
+    lost: dict[str, set[str]]  # seeds of the runs that could not be used, by arm
 
     @property
     def warnings(self) -> list[str]:
@@ -63,7 +63,7 @@ class Analysis:
 
     def lost_runs(self, arm: str) -> str:
         """The sentence on the runs of an arm that could not be used."""
-        seeds = ", ".join(map(str, self.lost[arm]))
+        seeds = ", ".join(sorted(self.lost[arm], key=lambda seed: (len(seed), seed)))
         return f"runs of '{arm}' could not be used (seed {seeds}), and what they would show is not known"
 
     def row(self, arms: tuple[str, str]) -> Row | None:
@@ -116,7 +116,7 @@ def margin_of(arms: Arms, a: str, b: str) -> float | None:
     return margins.pop() if len(margins) == 1 else None
 
 
-def analyse(arms: Arms, lost: dict[str, list[int]] | None = None) -> Analysis:
+def analyse(arms: Arms, lost: dict[str, set[str]] | None = None) -> Analysis:
     """All contrasts whose arms are there and have two pairs or more. lost: as in Analysis."""
     primary, others, check = outcomes([run for members in arms.values() for run in members.values()])
     mixed: list[str] = []
@@ -147,7 +147,7 @@ def no_verdict(analysis: Analysis, arms: tuple[str, str]) -> str | None:
     """Why a contrast of the primary outcome has no verdict, or None if it has one."""
     r = analysis.row(arms)
     if r is None:
-        return f"there are fewer than two pairs of runs of '{arms[0]}' and '{arms[1]}'"
+        return f"there are fewer than two pairs of runs of '{arms[0]}' and '{arms[1]}' that can be compared"
     if any(analysis.lost.get(arm) for arm in arms):
         return "; ".join(analysis.lost_runs(arm) for arm in arms if analysis.lost.get(arm))
     if r.confounders:
@@ -199,6 +199,8 @@ def what_would_decide(c: Contrast) -> str:
         between = " to ".join(_pairs(k).removeprefix("about ") for k in (low, high))
         return f"by the spread of these pairs, {_pairs(n)} pairs ({between}) decide about {c.margin:g} nats"
     n = pairs_needed(c.sd, c.margin, c.mean)
+    if n is not None and n <= c.n:
+        return "it takes more pairs, and how many cannot be told from these"
     return f"{_pairs(n)} pairs decide, if the effect is as large as it seems from these"
 
 

@@ -114,7 +114,7 @@ def compare(
     arms: Arms,
     differing: dict[str, list[str]],
     left_out: list[str],
-    lost: dict[str, list[int]],
+    lost: dict[str, set[str]],
     command: str,
     out: Path,
 ) -> Comparison:
@@ -141,10 +141,11 @@ def earlier_looks(out: Path) -> tuple[list[dict[str, Any]], str | None]:
             {"date": str(k["date"]), "study": str(k["study"]), "seeds": [*k["seeds"]], "steps": int(k["steps"])}
             for k in before["looks"]
         ]
-        return looks, before.get("lost_looks")
+        lost = before.get("lost_looks")
+        return looks, None if lost is None else str(lost)
     except FileNotFoundError:
         return [], None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return [], f"{path} was damaged or written by an older version"
 
 

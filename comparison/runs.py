@@ -19,7 +19,7 @@ from typing import Any
 
 from chronomoe.options import is_active
 from trainer import checkpoint
-from trainer.arms import ARMS, CUSTOM, contradiction
+from trainer.arms import ARMS, CUSTOM, arm_of, contradiction
 from trainer.environment import ENVIRONMENT, UNKNOWN
 from trainer.errors import UserError
 from trainer.files import parse_json, read_text
@@ -76,25 +76,36 @@ class Run:
 
 
 class Unusable(UserError):
-    """A run that cannot be compared, and the arm and seed that it would have had, if they are known."""
+    """A run that cannot be compared.
 
-    def __init__(self, message: str, config: Mapping[str, Any] | None = None):
+    arm, seed: those that it would have had, None if they are not known. is_run: there is a run, whatever it is.
+    """
+
+    def __init__(self, message: str, config: Mapping[str, Any] | None = None, is_run: bool = True):
         super().__init__(message)
         config = config or {}
-        self.arm, self.seed = config.get("arm"), config.get("seed")
+        arm, seed = config.get("arm") or (arm_of(config) if config else None), config.get("seed")
+        self.arm = arm if isinstance(arm, str) else None
+        self.seed = seed if isinstance(seed, int) else None
+        self.is_run = is_run
 
 
 def load_run(folder: Path) -> Run:
     """The run in a folder. Raises Unusable if there is none, or it cannot be compared; see `checked`."""
+    saved = _last_checkpoint(folder)
+    before = saved.get("config") if isinstance(saved.get("config"), dict) else None
     try:
         config = parse_json(read_text(folder / "config.json"))
         text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+        if not isinstance(config, dict):
+            raise ValueError("config.json is not that of a run")
     except FileNotFoundError as e:
-        raise Unusable(f"{folder}: no {Path(e.filename).name}, so this is no run") from None
+        is_run = any((folder / name).exists() for name in FILES)
+        raise Unusable(f"{folder}: no {Path(e.filename).name}, so this is no run", before, is_run) from None
     except (OSError, ValueError) as e:
-        raise Unusable(f"{folder}: cannot be read ({e})") from None
-    if not isinstance(config, dict):
-        raise Unusable(f"{folder}: config.json is not that of a run")
+        raise Unusable(f"{folder}: cannot be read ({e})", before) from None
+    if "vocab_size" not in config and isinstance(saved.get("model_args"), dict):
+        config["vocab_size"] = saved["model_args"].get("vocab_size")  # an older version did not write it
     lines = []
     for number, line in enumerate(text.splitlines(), 1):
         try:
@@ -104,10 +115,18 @@ def load_run(folder: Path) -> Run:
             raise Unusable(f"{folder}: line {number} of metrics.jsonl is cut or damaged", config) from None
     try:
         run = checked(Run(str(folder), config, lines, _decisions(folder / "decisions.jsonl"), folder))
-        _check_digest(run)
+        _check_digests(run, saved)
     except UserError as e:
         raise Unusable(str(e), config) from None
     return run
+
+
+def _last_checkpoint(folder: Path) -> dict[str, Any]:
+    """The last checkpoint without its tensors; empty if it is not there or cannot be read."""
+    try:
+        return checkpoint.without_tensors(folder / checkpoint.NAME)
+    except (OSError, checkpoint.Damaged):
+        return {}
 
 
 def _decisions(path: Path) -> list[dict[str, Any]]:
@@ -123,18 +142,17 @@ def _decisions(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _check_digest(run: Run) -> None:
-    """Raises UserError if the run's logs are not those that its last checkpoint was saved with, where that is there."""
-    try:
-        saved = checkpoint.without_tensors(run.folder / checkpoint.NAME)
-    except (OSError, checkpoint.Damaged):
-        return
+def _check_digests(run: Run, saved: Mapping[str, Any]) -> None:
+    """Raises UserError if the run's logs are not those that its last checkpoint, `saved`, was saved with."""
     counts, digests = saved.get("lines"), saved.get("lines_sha256")
     if not (isinstance(counts, dict) and isinstance(digests, dict)):
         return
-    for name, digest in digests.items():
-        content = (run.folder / f"{name}.jsonl").read_bytes().splitlines(keepends=True)
-        if hashlib.sha256(b"".join(content[: counts.get(name)])).hexdigest() != digest:
+    for name in ("metrics", "decisions"):
+        count, digest, path = counts.get(name), digests.get(name), run.folder / f"{name}.jsonl"
+        if not (isinstance(count, int) and isinstance(digest, str)):
+            continue
+        content = path.read_bytes() if path.exists() else b""
+        if hashlib.sha256(b"".join(content.splitlines(keepends=True)[:count])).hexdigest() != digest:
             raise UserError(f"{run.name}: {name}.jsonl is not what the run wrote (its SHA-256 differs)")
 
 
@@ -144,11 +162,11 @@ def checked(run: Run) -> Run:
     for key in ("seed", "max_iters", "eval_interval", "log_interval", "dataset"):
         if key not in config:
             raise UserError(f"{name}: its settings are not those of a run, {key} is missing")
-    for key in config.keys() & KEYS.keys():
-        try:
-            KEYS[key].check(config[key])
-        except ValueError as e:
-            raise UserError(f"{name}: its settings are not those of a run: {e}") from None
+    try:
+        config = config | {key: KEYS[key].check(value) for key, value in config.items() if key in KEYS}
+    except ValueError as e:
+        raise UserError(f"{name}: its settings are not those of a run: {e}") from None
+    run = replace(run, config=config)
     if not all(isinstance(v, (int, float, NoneType)) for line in run.lines for v in line.values()):
         raise UserError(f"{name}: a metric is not a number")
     last = run.lines[-1]["step"] if run.lines else 0
@@ -157,6 +175,8 @@ def checked(run: Run) -> Run:
     if "arm" not in config:
         resume = f"; train.py --init_from=resume --out_dir={name} adds it" if run.folder else ""
         raise UserError(f"{name}: an older version wrote it, without the arm that it belongs to{resume}")
+    if config["arm"] not in (*ARMS, CUSTOM):
+        raise UserError(f"{name}: there is no arm {config['arm']!r}")
     wrong = contradiction(config["arm"], config)
     if wrong is not None:
         raise UserError(f"{name}: its arm is {config['arm']!r}, but {wrong} is {config.get(wrong)!r}")
@@ -249,7 +269,7 @@ def expand(folders: Iterable[Path]) -> list[Path]:
     found: list[Path] = []
     for folder in folders:
         inside = sorted({path.parent for name in FILES for path in folder.glob(f"*/{name}")})
-        found += inside if inside and not any((folder / name).exists() for name in FILES) else [folder]
+        found += inside if inside and not (folder / "config.json").exists() else [folder]
     return found
 
 
@@ -289,12 +309,12 @@ def other_machine(arms: Arms, a: str, b: str) -> str | None:
     """A line on the keys by which the machines of all runs of one arm differ from those of the other, or None."""
     configs = [[run.config for run in arms[name].values()] for name in (a, b)]
     values = {
-        key: [{json.dumps(value_of(config, key)) for config in of_an_arm} for of_an_arm in configs]
+        key: [{json.dumps(config[key]) for config in of_an_arm if key in config} for of_an_arm in configs]
         for key, role in ROLES.items()
-        if role == "machine" and key != "git_commit"
+        if role == "machine" and key not in ("git_commit", "backend")
     }
-    apart = [key for key, (ours, theirs) in values.items() if not ours & theirs]
-    return f"all runs of '{a}' and '{b}' differ in {', '.join(apart)}, and so in rounding" if apart else None
+    apart = [key for key, (ours, theirs) in values.items() if ours and theirs and not ours & theirs]
+    return f"all runs of '{a}' and '{b}' differ in {', '.join(apart)}, and so perhaps in rounding" if apart else None
 
 
 def group_into_arms(runs: list[Run]) -> tuple[Arms, dict[str, list[str]], list[str]]:
@@ -331,7 +351,8 @@ def pairs(arms: Arms, a: str, b: str) -> tuple[list[tuple[Run, Run]], list[str]]
         pair = arms[a][seed], arms[b][seed]
         mixed = [key for key in OF_A_PAIR if len(set().union(*(run.values_over_starts(key) for run in pair))) > 1]
         if mixed:
-            left_out.append(f"{a} - {b}, seed {seed}: the pair is left out, because its {' and '.join(mixed)} differ")
+            keys = " and ".join(mixed)
+            left_out.append(f"{a} - {b}, seed {seed}: the pair is left out, its {keys} differ or are not recorded")
         else:
             good.append(pair)
     return good, left_out

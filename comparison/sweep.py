@@ -150,7 +150,7 @@ def load(job: Job) -> Run:
     try:
         return load_run(job.out_dir)
     except Unusable as e:
-        e.arm, e.seed = job.arm, job.seed
+        e.arm, e.seed, e.is_run = job.arm, job.seed, True
         raise
 
 
@@ -181,7 +181,8 @@ def check_same(job: Job, config: Mapping[str, Any], wanted: Mapping[str, Any]) -
     for key in differing(config, wanted, (*COMPARED, "arm", "seed")):
         theirs, ours = value_of(config, key), value_of(wanted, key)
         shorter = key == "max_iters" and isinstance(theirs, int) and theirs < ours
-        here = key in wanted  # what else config.json holds is of the machine that ran it
+        # what else config.json holds is of the machine that ran it; an older version did not write all of it
+        here = key in wanted and (key in config or key in setting.keys())
         if here and not shorter:
             raise UserError(
                 f"{job.out_dir} holds a run with {key}={theirs!r}, and {key}={ours!r} is asked for: give another "

@@ -25,11 +25,12 @@ def fetch(project: str) -> list[Any]:
 
 def load(source: Any) -> Run:
     """A Run from one of wandb's, with the history of its starts. Prune proposals and checkpoints are on disk only."""
+    config: dict[str, Any] = {}
     try:
         config = {key: value for key, value in source.config.items() if not key.startswith("_")}
         lines = [plain(row) for row in source.scan_history() if row.get("step") is not None]
     except Exception as e:
-        raise Unusable(f"W&B run {source.name}: cannot be read ({type(e).__name__}: {first_line(e)})") from None
+        raise Unusable(f"W&B run {source.name}: cannot be read ({type(e).__name__}: {first_line(e)})", config) from None
     lines.sort(key=lambda line: line["step"])
     try:
         return checked(Run(source.name, config, lines, decisions=[]))

@@ -47,7 +47,7 @@ def test_numbers_of_other_types_are_converted_and_the_loops_settings_are_a_chron
     for wrong in (None, {"router": True}):
         with pytest.raises(ValueError, match="must be a ChronoConfig"):
             GPTConfig(chrono=wrong)
-    with pytest.raises(ValueError, match=r"at least 1, and below 9\.22337e\+18"):
+    with pytest.raises(ValueError, match=r"at least 1, of a size below 9\.22337e\+18"):
         ChronoConfig(window=2**70)
 
 

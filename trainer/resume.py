@@ -25,6 +25,7 @@ from trainer.streams import DROPOUT_AND_NOISE, stream_seed
 from trainer.weights import OF_EXPERTS, digest, plain_names, without_state
 from trainer.weights import find as find_weights
 
+MOST_UNSAVED = 2  # evaluations logged while the first checkpoint is being written
 AUTO = "auto:"  # how an init_from begins that names weights to start from if there is nothing to resume
 BETA = "router_state.beta_coeff"
 
@@ -66,11 +67,12 @@ def folder(given: dict[str, Any], again: bool = False) -> Path:
             f"there is no checkpoint {out_dir / checkpoints.NAME} to resume from; "
             "--init_from=auto starts the run if there is none"
         )
-    if not starts_anew(init_from) and not checkpoints.exists(out_dir) and evaluations_in(out_dir) > 1:
-        # before the first checkpoint there is one evaluation at most
+    would_start = not starts_anew(init_from) and not again and not checkpoints.exists(out_dir)
+    # a run that is killed before its first checkpoint has few evaluations; more are not thrown away unasked
+    if would_start and not given.get("eval_only") and evaluations_in(out_dir) > MOST_UNSAVED:
         raise UserError(
-            f"{out_dir} has the logs of a run and no checkpoint: put its {checkpoints.NAME} back, give another "
-            "--out_dir, or remove it"
+            f"{out_dir} has the logs of a run and no checkpoint: if it had one, put its {checkpoints.NAME} back; else "
+            "give another --out_dir, or remove it"
         )
     return out_dir
 

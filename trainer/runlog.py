@@ -260,7 +260,7 @@ def evaluations_in(out_dir: Path) -> int:
         for line in f:
             with contextlib.suppress(ValueError, TypeError, KeyError):
                 values = parse_json(line)
-                count += values["step"] > 0 and "val/loss" in values
+                count += values["step"] > 0 and values.get("val/loss") is not None
     return count
 
 

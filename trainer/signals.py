@@ -80,7 +80,7 @@ def _stop_with(parent: int, caught: list[int], ended: threading.Event) -> None:
 def _exists(process: int) -> bool:
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         pass
