@@ -146,10 +146,10 @@ def analyse(arms: Arms, lost: dict[str, set[str]] | None = None) -> Analysis:
 def no_verdict(analysis: Analysis, arms: tuple[str, str]) -> str | None:
     """Why a contrast of the primary outcome has no verdict, or None if it has one."""
     r = analysis.row(arms)
-    if r is None:
-        return f"there are fewer than two pairs of runs of '{arms[0]}' and '{arms[1]}' that can be compared"
     if any(analysis.lost.get(arm) for arm in arms):
         return "; ".join(analysis.lost_runs(arm) for arm in arms if analysis.lost.get(arm))
+    if r is None:
+        return f"there are fewer than two pairs of runs of '{arms[0]}' and '{arms[1]}' that can be compared"
     if r.confounders:
         return f"'{r.a}' and '{r.b}' differ also in {', '.join(r.confounders)}"
     if not r.contrast.enough:
