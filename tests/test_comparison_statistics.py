@@ -149,14 +149,14 @@ SIZES = [300, pytest.param(3000, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("studies", SIZES)
-@pytest.mark.parametrize("pairs", [6, 8])
+@pytest.mark.parametrize("pairs", [pytest.param(6, marks=pytest.mark.slow), 8])
 def test_a_study_without_effect_claims_one_in_at_most_five_of_a_hundred(pairs, studies):
     claims, _ = shares(studies, pairs=pairs, effects={})
     assert at_most(claims, 0.05, studies)
 
 
 @pytest.mark.parametrize("studies", SIZES)
-@pytest.mark.parametrize("effect", [0.03, -0.03])
+@pytest.mark.parametrize("effect", [0.03, pytest.param(-0.03, marks=pytest.mark.slow)])
 def test_equivalence_is_claimed_in_at_most_five_of_a_hundred_at_the_margin(effect, studies):
     _, equivalent = shares(studies, pairs=8, effects={"on": effect}, margin=0.03)
     assert at_most(equivalent, 0.05, studies)

@@ -58,7 +58,7 @@ def largest_difference(a, b):
     return max(abs(x[n] - y[n]) / abs(x[n]) for x, y in pairs for n in names if n in x)
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_train_as_one_process_with_the_same_micro_batches(count, keys, alone, tmp_path):
     out, log = tmp_path / "out", tmp_path / "log"
     assert torchrun(keys(out), count, log).wait(120) == 0, log.read_text()[-2000:]
