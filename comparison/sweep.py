@@ -32,7 +32,6 @@ from trainer.signals import PARENT
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 LOG = "train.log"
-SET_HERE = ("seed", "out_dir", "arm", "init_from")  # keys that a study sets for each run
 
 
 @dataclass
