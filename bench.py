@@ -35,10 +35,10 @@ import torch
 
 from benchmark import layer, loop, memory, profile, rates, scaling, step
 from benchmark.timing import Effort, Report
-from train import pick_device
-from trainer.environment import surroundings
-from trainer.errors import UserError, run
-from trainer.ranks import joined
+from trainer.device import select_device
+from trainer.distributed import process_group
+from trainer.environment import describe_environment
+from trainer.errors import UserError, run_script
 
 PARTS = {
     "layer": layer.measure,
@@ -72,12 +72,12 @@ def main(arguments: list[str]) -> int:
 
     report = Report(quiet=options.json)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        with joined("cuda" if torch.cuda.is_available() and options.device != "cpu" else "cpu", "nccl") as ranks:
-            step.across_ranks(report, ranks, pick_device(options.device, ranks), 4 * effort.least)
-            if options.json and ranks.first:
+        with process_group("cuda" if torch.cuda.is_available() and options.device != "cpu" else "cpu", "nccl") as world:
+            step.across_ranks(report, world, select_device(options.device, world), 4 * effort.least)
+            if options.json and world.is_main:
                 print(json.dumps({"tables": report.tables}, indent=1))
         return 0
-    device = pick_device(options.device)
+    device = select_device(options.device)
     began = time.time()
     facts = machine(device) | {"command": "python bench.py " + shlex.join(arguments)}
     report.say("; ".join(f"{name} {value}" for name, value in facts.items()))
@@ -95,7 +95,7 @@ def main(arguments: list[str]) -> int:
 def machine(device: torch.device) -> dict[str, str]:
     """What ran this, for the figures' sake."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({cpu_name()})"
-    around = surroundings()
+    around = describe_environment()
     return {
         "device": name,
         "threads": str(torch.get_num_threads()),
@@ -115,4 +115,4 @@ def cpu_name() -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -22,9 +22,9 @@ import sys
 from pathlib import Path
 
 from trainer import settings as setting
-from trainer.errors import UserError, run
-from trainer.lock import held
-from trainer.signals import caught_signals
+from trainer.errors import UserError, run_script
+from trainer.interrupt import Interrupt
+from trainer.lock import folder_lock
 
 try:
     from comparison import report, sweep, wandb_runs
@@ -68,12 +68,12 @@ def main(arguments: list[str]) -> int:
         arms = own.get("arms", ",".join(ARMS)).split(",")
         seeds, jobs = whole_number(own, "seeds", 8), whole_number(own, "jobs", os.cpu_count() or 1)
         out, wandb_log = Path(own.get("out_dir", settings.out_dir)), settings.wandb_log
-        with caught_signals() as stop, held(out):
+        with Interrupt() as interrupt, folder_lock(out):
             study = sweep.plan(rest, out, arms, seeds)
             print(f"{len(study)} runs: {', '.join(arms)}, {seeds} seeds; {jobs} at a time, in {out}")
-            failed = sweep.train_all(study, jobs, stop)
-        if stop:
-            return 128 + stop[0]
+            failed = sweep.train_all(study, jobs, interrupt)
+        if interrupt.received:
+            return interrupt.exit_status
         sources, load = study, sweep.load
 
     runs, unusable = load_runs(sources, load)
@@ -155,4 +155,4 @@ def whole_number(own: dict[str, str], name: str, default: int) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -1,74 +1,73 @@
-"""A GPT whose every `stride`-th block is a mixture of experts, routed by ChronoRouter.
+"""A GPT in which every `stride`-th block has a mixture of experts, routed by ChronoRouter.
 
-Settings, weight names, registration order and signatures are nanoMoE's, so its configs and checkpoints work here.
-Forward is pure: it reads the loop's state and returns sums (MoETrace); only ChronoLoop writes state.
+Settings, weight names, registration order and signatures are nanoMoE's, so its configs and checkpoints work. Forward
+is pure: it reads the loop's state and returns sums (MoETrace). Only ChronoLoop writes state.
 
-Shapes: B sequences, T positions, N = B * T tokens, D n_embd, E n_exp, K top_k, S = K * N slots.
+Shapes: B sequences, T positions, N = B * T tokens, D n_embd, E n_exp, K top_k.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from chronomoe.autograd import refuse_second_derivatives
 from chronomoe.config import ChronoConfig
-from chronomoe.dispatch import (
-    Dispatch,
-    from_experts,
-    kept_gates,
-    plan_dispatch,
-    row_weights,
-    run_lengths,
-    to_experts,
-)
 from chronomoe.options import check_options, option
 from chronomoe.router import ChronoRouter, RouterBias, RouterState, Routing
 from chronomoe.statistics import collect_trace
 from chronomoe.trace import MoETrace
-from cross_entropy import IGNORED, linear_cross_entropy
+from ops.cross_entropy import IGNORED, linear_cross_entropy
+from ops.dispatch import from_experts, kept_gates, plan_dispatch, row_weights, to_experts
+from ops.experts import MLPExperts
+
+GPT2_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
 @dataclass
-class GPTConfig:
-    """The model's shape and losses, by nanoMoE's names; `chrono` holds the loop's settings.
+class DenseConfig:
+    """Shape of a dense GPT, by nanoGPT's names."""
 
-    A capacity of None is dropless; a number is nanoMoE's capacity factor. Raises ValueError for a value of a wrong type
-    or out of range.
-    """
-
-    block_size: int = option(1024, "tokens a sequence", least=1, role="model")
-    vocab_size: int = option(50304, "token ids", least=1, role="model")
+    block_size: int = option(1024, "tokens per sequence", least=1, role="model")
+    vocab_size: int = option(50304, "number of token ids", least=1, role="model")
     n_layer: int = option(12, "transformer blocks", least=1, role="model")
     n_head: int = option(12, "attention heads", least=1, role="model")
-    n_embd: int = option(768, "width", least=1, role="model")
+    n_embd: int = option(768, "model width", least=1, role="model")
     dropout: float = option(0.0, "dropout probability", least=0, below=1)
     bias: bool = option(True, "biases in linear layers and layer norms", role="model")
 
-    n_exp: int = option(1, "experts in a MoE layer; 1 is a dense model", least=1, role="model")
-    top_k: int = option(2, "experts a token", least=1)
+
+@dataclass
+class GPTConfig(DenseConfig):
+    """Shape and losses of the model, by nanoMoE's names; `chrono` holds the settings of the loop.
+
+    Raises ValueError for a wrong type or a value out of range.
+    """
+
+    n_exp: int = option(1, "experts per MoE layer; 1: a dense model", least=1, role="model")
+    top_k: int = option(2, "experts per token", least=1)
     use_aux_loss: bool = option(False, "add Switch Transformer's load-balancing loss")
     use_router_z_loss: bool = option(False, "add ST-MoE's router z-loss")
-    use_noisy_top_k: bool = option(False, "learnt noise on the routing logits while training", role="model")
+    use_noisy_top_k: bool = option(False, "learnt noise on the routing logits in training", role="model")
     aux_loss_weight: float = option(0.01, "weight of the load-balancing loss", least=0, needs="use_aux_loss")
     router_z_loss_weight: float = option(0.001, "weight of the router z-loss", least=0, needs="use_router_z_loss")
-    train_capacity: float | None = option(None, "capacity factor of an expert while training; None: dropless", above=0)
-    eval_capacity: float | None = option(None, "capacity factor of an expert in evaluation; None: dropless", above=0)
+    train_capacity: float | None = option(None, "capacity factor of experts in training; None: dropless", above=0)
+    eval_capacity: float | None = option(None, "capacity factor of experts in evaluation; None: dropless", above=0)
     min_capacity: int = option(4, "smallest capacity of an expert, in tokens", least=0)
     stride: int = option(2, "every stride-th block is a MoE layer, from block 0", least=1, role="model")
-    use_switch_tfm_init: bool = option(False, "Switch Transformer's initial weights")
-    switch_tfm_init_scale: float = option(1.0, "their scale", above=0, needs="use_switch_tfm_init")
+    use_switch_tfm_init: bool = option(False, "Switch Transformer's initialization")
+    switch_tfm_init_scale: float = option(1.0, "scale of that initialization", above=0, needs="use_switch_tfm_init")
     router_use_full_prec: bool = option(False, "routing logits without autocast (on CUDA float32 matmuls use TF32)")
     norm_topk_prob: bool = option(
         True,
-        "gates are the softmax over the top_k chosen experts; False: over all experts, without which top_k=1 trains no "
-        "router",
+        "gates are the softmax over the top_k chosen experts; False: over all experts, which top_k=1 needs to train "
+        "its router",
     )
 
     chrono: ChronoConfig = field(default_factory=ChronoConfig)
@@ -82,7 +81,7 @@ class GPTConfig:
         if self.n_exp > 1 and not 1 <= self.top_k <= self.n_exp:
             raise ValueError(f"top_k={self.top_k} must be between 1 and n_exp={self.n_exp}")
         if self.chrono.steps_on() and self.n_exp == 1:
-            raise ValueError("the steps of the loop route between experts: they need n_exp > 1")
+            raise ValueError("the steps of the loop need experts to route between: n_exp > 1")
 
     @property
     def moe_blocks(self) -> list[int]:
@@ -117,129 +116,9 @@ class MLP(nn.Module):
         return self.dropout(self.c_proj(F.gelu(self.c_fc(x))))
 
 
-class MLPExperts(nn.Module):
-    """E MLPs, each applied to its own run of rows."""
-
-    def __init__(self, config: GPTConfig):
-        super().__init__()
-        E, D = config.n_exp, config.n_embd
-        self.c_fc = nn.Parameter(torch.empty(E, D, 4 * D))
-        self.c_proj = nn.Parameter(torch.empty(E, 4 * D, D))
-        self.fc_bias = nn.Parameter(torch.empty(E, 1, 4 * D)) if config.bias else None
-        self.proj_bias = nn.Parameter(torch.empty(E, 1, D)) if config.bias else None
-        self.dropout = nn.Dropout(config.dropout)
-        # None: grouped_mm for bfloat16 on CUDA, else a loop over slices. True and False force one of the two.
-        self.use_grouped_mm: bool | None = None
-
-    def forward(self, rows: Tensor, plan: Dispatch, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Expert outputs [S, D] of rows [S, D] sorted by `plan`; with `weights` [2, S] also sums by them [2, E, D]."""
-        if self._grouped(rows):
-            return self._forward_grouped(rows, plan, weights)
-        return self._forward_loop(rows, plan, weights)
-
-    def _grouped(self, rows: Tensor) -> bool:
-        if self.use_grouped_mm is not None:
-            return self.use_grouped_mm
-        # grouped_mm wants rows of a multiple of 16 bytes
-        return rows.device.type == "cuda" and _dtype_of_products(rows) == torch.bfloat16 and rows.shape[-1] % 8 == 0
-
-    def _forward_loop(self, rows, plan, weights):
-        sizes = run_lengths(plan).tolist()
-        tensors = [rows, self.c_fc, self.c_proj, self.fc_bias, self.proj_bias]
-        tensors = [None if x is None else x.to(_dtype_of_products(rows)) for x in tensors]
-        y = self.dropout(_ExpertLoop.apply(*tensors, sizes, torch.is_grad_enabled()))
-        if weights is None:
-            return y, None
-        with torch.autocast(y.device.type, enabled=False):
-            sums = [_weighted_sum(*each) for each in zip(weights.split(sizes, dim=-1), y.split(sizes))]
-        return y, torch.stack(sums, dim=1)
-
-    def _forward_grouped(self, rows, plan, weights):
-        # grouped_mm does not take part in autocast: anything but bfloat16 falls back to a path that syncs
-        one_hot = None
-        if self.fc_bias is not None or weights is not None:
-            one_hot = plan.experts.unsqueeze(-1) == torch.arange(len(self.c_fc), device=rows.device)
-        h = _grouped_linear(rows, self.c_fc, self.fc_bias, plan, one_hot)
-        y = _grouped_linear(F.gelu(h), self.c_proj, self.proj_bias, plan, one_hot)
-        y = self.dropout(y)
-        return y, None if weights is None else _sums_by_selector(weights, y, one_hot)
-
-
-class _ExpertLoop(torch.autograd.Function):
-    """gelu(x W_fc + b_fc) W_proj + b_proj for each expert's rows, one expert after the other.
-
-    Written out so that each expert's gradient goes to its place in that of all: autograd would gather them in a second
-    tensor of the size of all experts. An expert's hidden rows are still in the cache when they are used.
-    """
-
-    @staticmethod
-    def forward(ctx, rows, c_fc, c_proj, fc_bias, proj_bias, sizes, keep):
-        out, hidden, active = [], [], []
-        for e, x in enumerate(rows.split(sizes)):
-            h = _linear(x, c_fc[e], fc_bias, e)
-            a = F.gelu(h)
-            out.append(_linear(a, c_proj[e], proj_bias, e))
-            if keep:  # for backward
-                hidden.append(h)
-                active.append(a)
-        ctx.save_for_backward(rows, c_fc, c_proj, *hidden, *active)
-        ctx.sizes, ctx.biased = sizes, fc_bias is not None
-        return torch.cat(out)
-
-    @staticmethod
-    def backward(ctx, grad):
-        refuse_second_derivatives()
-        rows, c_fc, c_proj, *saved = ctx.saved_tensors
-        hidden, active = saved[: len(c_fc)], saved[len(c_fc) :]
-        grad_rows, grad_fc, grad_proj = [], torch.empty_like(c_fc), torch.empty_like(c_proj)
-        grad_biases = [grad.new_empty(len(c_fc), 1, c.shape[-1]) if ctx.biased else None for c in (c_fc, c_proj)]
-        for e, (x, g) in enumerate(zip(rows.split(ctx.sizes), grad.split(ctx.sizes))):
-            torch.mm(active[e].t(), g, out=grad_proj[e])
-            grad_h = torch.ops.aten.gelu_backward(g @ c_proj[e].t(), hidden[e])
-            torch.mm(x.t(), grad_h, out=grad_fc[e])
-            grad_rows.append(grad_h @ c_fc[e].t())
-            if ctx.biased:
-                torch.sum(grad_h, 0, keepdim=True, out=grad_biases[0][e])
-                torch.sum(g, 0, keepdim=True, out=grad_biases[1][e])
-        return torch.cat(grad_rows), grad_fc, grad_proj, *grad_biases, None, None
-
-
-def _linear(x: Tensor, weight: Tensor, biases: Tensor | None, e: int) -> Tensor:
-    return x @ weight if biases is None else torch.addmm(biases[e], x, weight)
-
-
-def _dtype_of_products(x: Tensor) -> torch.dtype:
-    """What a product with x is computed in: autocast's precision where that is on."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
-def _grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Dispatch, one_hot: Tensor | None) -> Tensor:
-    """x [S, in] times each row's own expert's weight [E, in, out], in bfloat16."""
-    out = F.grouped_mm(x.bfloat16(), weight.bfloat16(), offs=plan.ends)
-    # a matmul with the selector, because the backward of bias[experts] would add with atomics
-    return out if bias is None else out + one_hot.bfloat16() @ bias.squeeze(1).bfloat16()
-
-
-def _weighted_sum(weights: Tensor, y: Tensor) -> Tensor:
-    """weights [W, n] @ y [n, D] in the weights' precision: phi taken from bfloat16 sums is off by 2e-3."""
-    return torch.mm(weights, y.detach().to(weights.dtype))
-
-
-@torch.no_grad()
-def _sums_by_selector(weights: Tensor, y: Tensor, one_hot: Tensor) -> Tensor:
-    """Sums [2, E, D] of outputs y [S, D] by weights [2, S], the rows of each expert marked in one_hot [S, E].
-
-    In the weights' precision, as `_weighted_sum`.
-    """
-    with torch.autocast(weights.device.type, enabled=False):
-        per_expert = one_hot.t() * weights.unsqueeze(1)  # [2, E, S]
-        return (per_expert.flatten(0, 1) @ y.to(weights.dtype)).view(2, one_hot.shape[1], -1)
-
-
 class LayerTrace(NamedTuple):
     routing: Routing
-    kept: Tensor | None  # [E] slots within the experts' capacity; None: all that were chosen
+    kept_per_expert: Tensor | None  # [E] tokens within capacity; None: all that were routed
     outputs: Tensor | None  # [2, E, D] sums of y_e and of g_e y_e; None where step 2 is off
 
 
@@ -256,22 +135,22 @@ class MOELayer(nn.Module):
             noisy=config.use_noisy_top_k,
             full_precision=config.router_use_full_prec,
         )
-        self.experts = MLPExperts(config)
+        self.experts = MLPExperts(config.n_exp, config.n_embd, config.bias, config.dropout)
 
-    def forward(self, x: Tensor, bias: RouterBias | None, with_stats: bool) -> tuple[Tensor, LayerTrace]:
-        """Mixture output for x [B, T, D], and what the layer has to tell."""
+    def forward(self, x: Tensor, bias: RouterBias | None, return_trace: bool) -> tuple[Tensor, LayerTrace]:
+        """Mixture output [B, T, D] of x [B, T, D], and the layer's trace. Output sums need return_trace."""
         tokens = x.reshape(-1, x.shape[-1])
         routing = self.router(tokens, bias)
         capacity = self.capacity(len(tokens))
         plan = plan_dispatch(routing.experts, self.config.n_exp, capacity)
         gates = kept_gates(routing.gates, plan)
-        weights = row_weights(gates.detach(), plan) if with_stats and self.config.chrono.coherence else None
+        weights = row_weights(gates.detach(), plan) if return_trace and self.config.chrono.coherence else None
         rows, outputs = self.experts(to_experts(tokens, plan), plan, weights)
-        kept = None if capacity is None else routing.chosen.clamp_max(capacity)
+        kept = None if capacity is None else routing.tokens_per_expert.clamp_max(capacity)
         return from_experts(rows, gates, plan).view_as(x), LayerTrace(routing, kept, outputs)
 
     def capacity(self, num_tokens: int) -> int | None:
-        """Slots an expert takes, by nanoMoE's rule: an even number, at least min_capacity. None: dropless."""
+        """Capacity per expert by nanoMoE's rule: an even number, at least min_capacity. None: dropless."""
         c = self.config
         factor = c.train_capacity if self.training else c.eval_capacity
         if factor is None:
@@ -288,16 +167,16 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MOELayer(config) if use_moe else MLP(config)
 
-    def forward(self, x: Tensor, bias: RouterBias | None, with_stats: bool) -> tuple[Tensor, LayerTrace | None]:
+    def forward(self, x: Tensor, bias: RouterBias | None, return_trace: bool) -> tuple[Tensor, LayerTrace | None]:
         x = x + self.attn(self.ln_1(x))
         if isinstance(self.mlp, MLP):
             return x + self.mlp(self.ln_2(x)), None
-        y, trace = self.mlp(self.ln_2(x), bias, with_stats)
+        y, trace = self.mlp(self.ln_2(x), bias, return_trace)
         return x + y, trace
 
 
 class GPT(nn.Module):
-    """The language model. `generator` seeds the initial weights; None takes torch's global one."""
+    """The language model. `generator` draws the initial weights; None: torch's global generator."""
 
     def __init__(self, config: GPTConfig, generator: torch.Generator | None = None):
         super().__init__()
@@ -321,7 +200,7 @@ class GPT(nn.Module):
     def _init_weights(self, generator: torch.Generator | None) -> None:
         """GPT-2's scheme, or Switch Transformer's (https://arxiv.org/abs/2101.03961, section 2.4).
 
-        As in nanoMoE, residual projections get GPT-2's scaled deviation in either.
+        As in nanoMoE, residual projections use GPT-2's scaled deviation in both.
         """
         config = self.config
         residual_std = 0.02 / math.sqrt(2 * config.n_layer)
@@ -334,7 +213,7 @@ class GPT(nn.Module):
             elif name.endswith(("c_proj.weight", "experts.c_proj")):
                 nn.init.normal_(p, std=residual_std, generator=generator)
             elif config.use_switch_tfm_init and (name in linear or name.endswith("experts.c_fc")):
-                # nn.Linear holds [out, in], the experts [E, in, out]
+                # nn.Linear stores [out, in], the experts [E, in, out]
                 fan_in = p.shape[-1] if name in linear else p.shape[-2]
                 std = math.sqrt(config.switch_tfm_init_scale / fan_in)
                 nn.init.trunc_normal_(p, std=std, a=-2 * std, b=2 * std, generator=generator)
@@ -345,15 +224,23 @@ class GPT(nn.Module):
         self,
         idx: Tensor,
         targets: Tensor | None = None,
-        return_trace: bool | Literal["state"] = False,
+        return_trace: bool = False,
+        logged: bool = True,
         return_logits: bool = True,
     ) -> tuple[Tensor | None, Tensor | None] | tuple[Tensor | None, Tensor | None, MoETrace]:
-        """Logits and loss of token ids idx [B, T], T at most block_size; with return_trace, also the MoETrace.
+        """Logits and loss of token ids idx [B, T]; with return_trace, also the MoETrace.
 
-        targets [B, T]: ids, -1 is left out. Logits are [B, T, vocab_size], or [B, 1, vocab_size] of the last position
-        without targets; with return_logits=False they are None if there are targets, and need no memory where the
-        vocabulary is large. return_trace="state" leaves out of the trace what only logs read. The loss is cross-entropy
-        in nats per token; in train mode plus the weighted auxiliary losses. Raises ValueError if T exceeds block_size.
+        Logits are [B, T, vocab_size]; without targets [B, 1, vocab_size], of the last position. The loss is the
+        cross-entropy in nats per token, in train mode plus the weighted auxiliary losses; None without targets.
+
+        Args:
+            idx: token ids, T at most block_size.
+            targets: [B, T] token ids; -1 does not count.
+            return_trace: also return the sums that the loop needs.
+            logged: False leaves out the trace's fields that are only logged.
+            return_logits: False returns None for the logits if there are targets, which saves their memory.
+
+        Raises ValueError if T exceeds block_size.
         """
         T = idx.shape[1]
         if T > self.config.block_size:
@@ -364,7 +251,7 @@ class GPT(nn.Module):
         layers: list[LayerTrace] = []
         for block in t.h:
             bias = next(biases) if isinstance(block.mlp, MOELayer) else None
-            x, layer = block(x, bias, bool(return_trace))
+            x, layer = block(x, bias, return_trace)
             if layer is not None:
                 layers.append(layer)
         x = t.ln_f(x)
@@ -396,19 +283,19 @@ class GPT(nn.Module):
             self.config.chrono,
             idx.numel(),
             *losses,
-            kept=[k for k in kept if k is not None],
+            kept_per_expert=[k for k in kept if k is not None],
             outputs=[o for o in outputs if o is not None],
-            logged=return_trace != "state",
+            logged=logged,
         )
         return logits, loss, trace
 
     def get_num_params(self, non_embedding: bool = True) -> int:
-        """Number of parameters, by default without position embeddings; token embeddings are the output layer."""
+        """Number of parameters, by default without position embeddings. Token embeddings are the output weights."""
         n = sum(p.numel() for p in self.parameters())
         return n - self.transformer.wpe.weight.numel() if non_embedding else n
 
     def num_active_params(self) -> int:
-        """Parameters that take part in one token's forward: of the experts, top_k of n_exp."""
+        """Number of parameters in one token's forward: top_k of n_exp experts."""
         experts = sum(p.numel() for m in self.modules() if isinstance(m, MLPExperts) for p in m.parameters())
         idle = experts * (self.config.n_exp - self.config.top_k) // self.config.n_exp
         return self.get_num_params(non_embedding=False) - idle
@@ -424,13 +311,12 @@ class GPT(nn.Module):
     def from_pretrained(cls, model_type: str, override_args: dict | None = None) -> GPT:
         """A dense GPT with OpenAI's GPT-2 weights, by transformers.
 
-        model_type: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a folder that transformers saved a GPT-2 in.
-        override_args may hold `dropout`. Raises ValueError for another model or argument.
+        model_type: one of GPT2_MODELS, or a folder in which transformers saved a GPT-2. override_args: `dropout`.
+        Raises ValueError for another model or argument.
         """
         override_args = override_args or {}
-        names = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-        if model_type not in names and not Path(model_type).is_dir():
-            raise ValueError(f"no pretrained model {model_type!r}: there are {', '.join(names)}")
+        if model_type not in GPT2_MODELS and not Path(model_type).is_dir():
+            raise ValueError(f"no pretrained model {model_type!r}: there are {', '.join(GPT2_MODELS)}")
         if set(override_args) - {"dropout"}:
             raise ValueError(f"only dropout can be overridden, not {', '.join(sorted(override_args))}")
         from transformers import GPT2LMHeadModel
@@ -452,10 +338,10 @@ class GPT(nn.Module):
     def configure_optimizers(
         self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str
     ) -> torch.optim.AdamW:
-        """Fused AdamW; tensors of two or more dimensions that are no biases decay.
+        """Fused AdamW. Weight decay applies to tensors of two or more dimensions, except biases.
 
-        An optimizer's state is matched by parameter order, which is nanoMoE's. Fused also where it is no faster,
-        because only the fused step can be skipped on the device (`optimizer.found_inf`).
+        The order of parameters is nanoMoE's, because optimizer state is matched by order. Fused even where it is not
+        faster: only the fused step can be skipped on the device (`optimizer.found_inf`).
         """
         params = {name: p for name, p in self.named_parameters() if p.requires_grad}
         decays = {name: p.dim() >= 2 and not name.endswith("bias") for name, p in params.items()}
@@ -476,12 +362,34 @@ class GPT(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Continue token ids idx [B, T] by max_new_tokens: [B, T + max_new_tokens]. Call eval() first."""
+        return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k, generator)], dim=1)
+
+    @torch.no_grad()
+    def stream(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
+        """Continue token ids idx [B, T], yielding each next token [B, 1]. Call eval() first.
+
+        The model sees the last block_size tokens. Temperature 0 takes the most likely token. top_k: sample from the k
+        most likely tokens; None: from all. Raises ValueError if a logit is not finite.
+        """
         for _ in range(max_new_tokens):
-            logits, _ = self(idx[:, -self.config.block_size :])
-            logits = logits[:, -1, :] / temperature
-            if top_k is not None:
-                least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-                logits = logits.masked_fill(logits < least, -torch.inf)
-            next_id = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+            idx = idx[:, -self.config.block_size :]
+            logits = self(idx)[0][:, -1, :]
+            scaled = logits / temperature if temperature else logits
+            if not scaled.isfinite().all():
+                raise ValueError(f"the model's logits, divided by temperature={temperature:g}, are not finite")
+            if temperature == 0:
+                next_id = scaled.argmax(-1, keepdim=True)
+            else:
+                if top_k is not None:
+                    least = scaled.topk(min(top_k, scaled.shape[-1])).values[:, -1:]
+                    scaled = scaled.masked_fill(scaled < least, -torch.inf)
+                next_id = torch.multinomial(scaled.softmax(-1), 1, generator=generator)
             idx = torch.cat([idx, next_id], dim=1)
-        return idx
+            yield next_id

@@ -87,7 +87,7 @@ def competitors(N: int, D: int, E: int, K: int, device: torch.device) -> tuple[d
     even = RouterBias(torch.zeros(E, device=device), one)
     uneven = RouterBias(-torch.linspace(0, 3, E, device=device), one)
     with torch.no_grad():
-        load = moe.router(x[0], uneven).chosen
+        load = moe.router(x[0], uneven).tokens_per_expert
     zeros = (torch.zeros((), device=device),) * 3
 
     def through(module: nn.Module, source: Tensor, grad: Tensor, forward: Callable[[], Tensor]) -> Callable[[], None]:

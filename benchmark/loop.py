@@ -12,7 +12,7 @@ import torch
 
 from benchmark.layer import competitors
 from benchmark.scaling import Traffic
-from benchmark.step import STATISTICS, TrainingStep, recorded_calls
+from benchmark.step import SliceStep, recorded_calls
 from benchmark.timing import Effort, Report, in_turns
 from trainer.data import TokenData
 
@@ -22,8 +22,8 @@ def measure(report: Report, device: torch.device, effort: Effort, quick: bool) -
     small = Effort(effort.seconds / 2, effort.least, effort.most)
     loops, forwards, kernels = {}, {}, []
     for layers in (2, 4) if quick else (2, 8, 32):
-        step = TrainingStep(device, n_layer=2 * layers, n_embd=32, batch_size=2)
-        calls = [call for call in recorded_calls(step, STATISTICS) if call[0].__name__ == "collect_trace"]
+        step = SliceStep(device, n_layer=2 * layers, n_embd=32, batch_size=2)
+        calls = [call for call in recorded_calls(step) if call[0].__name__ == "collect_trace"]
         work, args, kwargs = calls[0]
         trace = step.loop.last
         with Traffic() as of_loop:
@@ -52,7 +52,7 @@ def compiled(report: Report, device: torch.device) -> None:
 
     lines = []
     for layers in (2, 32):
-        step = TrainingStep(device, n_layer=2 * layers, n_embd=32, batch_size=2)
+        step = SliceStep(device, n_layer=2 * layers, n_embd=32, batch_size=2)
         step()
         trace, found_inf = step.loop.last, torch.zeros((), device=device)
         step.loop.compile()

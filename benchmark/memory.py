@@ -13,18 +13,19 @@ import torch
 
 from benchmark import one_hot
 from benchmark.layer import competitors
-from benchmark.step import FIVE, TrainingStep
+from benchmark.step import SliceStep
 from benchmark.timing import Effort, Report
+from chronomoe.config import STEPS
 
 ROOT = Path(__file__).parent.parent
 LAYER = {"dense MLP": "dense MLP", "MoE layer": "MoE layer, balanced", "one-hot dispatch": "one-hot dispatch"}
-STEP = ("all steps off", "all steps on", "one-hot dispatch")
+CASES = ("all steps off", "all steps on", "one-hot dispatch")
 
 
 def measure(report: Report, device: torch.device, effort: Effort, quick: bool) -> None:
     """What forward and backward take over what is there before, at N=12288 tokens of the slice's width."""
     tokens = 1024 if quick else 12288
-    for kind, names in {"layer": tuple(LAYER), "step": STEP}.items():
+    for kind, names in {"layer": tuple(LAYER), "step": CASES}.items():
         lines = []
         for name in names:
             command = [sys.executable, "-m", "benchmark.memory", kind, name, str(tokens), str(device)]
@@ -42,7 +43,7 @@ def peak(kind: str, name: str, tokens: int, device: torch.device) -> int:
         work = competitors(tokens, 128, 8, 2, device)[0][LAYER[name]]
     else:
         prepare = one_hot.put_into if name == "one-hot dispatch" else None
-        work = TrainingStep(device, FIVE if name == "all steps on" else (), tokens // 128, prepare)
+        work = SliceStep(device, STEPS if name == "all steps on" else (), tokens // 128, prepare)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmark.step import TrainingStep
+from benchmark.step import SliceStep
 from benchmark.timing import Effort, Report, in_turns
 from model import GPT, MLP, GPTConfig, MOELayer
 from trainer.flops import flops_per_token
@@ -49,8 +49,8 @@ def measure(report: Report, device: torch.device, effort: Effort, quick: bool) -
     if not quick:
         shapes["nanoMoE"] = NANO_MOE | {"batch_size": 12 if device.type == "cuda" else 2}
     for name, shape in shapes.items():
-        moe = TrainingStep(device, **shape)
-        work = {"dense GPT": TrainingStep(device, (), prepare=make_dense, **shape), "MoE GPT, all steps on": moe}
+        moe = SliceStep(device, **shape)
+        work = {"dense GPT": SliceStep(device, (), prepare=make_dense, **shape), "MoE GPT, all steps on": moe}
         found = in_turns(work, device, effort)
         flops = flops_per_token(moe.model) * moe.batch[0].numel()
         report.compare("rates", f"training step at {name}'s shape, dense against MoE", found, flops=flops)
@@ -66,7 +66,7 @@ def measure(report: Report, device: torch.device, effort: Effort, quick: bool) -
 
 def on_the_gpu(report: Report, device: torch.device) -> None:
     """Kernels of the loop's step, waits for the device in a step, and memory over many steps."""
-    step = TrainingStep(device)
+    step = SliceStep(device)
     for _ in range(5):
         step()
     trace, found_inf = step.loop.last, torch.zeros((), device=device)

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmark.layer import ALL_ON
 from benchmark.timing import Effort, Report
 from chronomoe import ChronoLoop, RouterBias, RouterState, collect_trace
-from chronomoe.statistics import LARGEST
+from chronomoe.statistics import MAX_ENTRIES
 from model import GPTConfig, MOELayer
 
 VIEWS = ("view", "detach", "unsqueeze", "select", "slice", "transpose", "t.", "expand", "unbind", "permute", "split")
@@ -45,8 +45,8 @@ SIZES = [
 
 
 def groups(s: Sizes) -> int:
-    """How many times the statistics' operators run: for as many layers at a time as fit LARGEST."""
-    at_a_time = max(1, LARGEST // (s.N * s.E))
+    """How many times the statistics' operators run: for as many layers at a time as fit MAX_ENTRIES."""
+    at_a_time = max(1, MAX_ENTRIES // (s.N * s.E))
     return -(-s.L // at_a_time)
 
 

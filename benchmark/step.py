@@ -5,96 +5,110 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
 import model as model_module
+import ops.experts as experts_module
 from benchmark import one_hot
 from benchmark.timing import Effort, Report, autocast, clock, in_turns, stopwatch
-from chronomoe import ChronoConfig, ChronoLoop
+from chronomoe import ChronoConfig, ChronoLoop, MoETrace
+from chronomoe.config import STEPS
 from model import GPT, GPTConfig
-from trainer.checkpoint import Keeper, copied
+from trainer.checkpointer import Checkpointer, copy_to_cpu
+from trainer.distributed import World
 from trainer.guard import NonFiniteGuard
-from trainer.ranks import Ranks
+from trainer.progress import Progress
 from trainer.settings import read_config_file
+from trainer.step import StepResult, TrainingStep
 
 SLICE = Path(__file__).parent.parent / "config" / "vertical_slice.py"
-FIVE = ("router", "coherence", "beta", "bridge", "lifecycle")
-STATISTICS = ("collect_trace", "row_weights", "_weighted_sum", "_sums_by_selector")  # in model.py, gathered in forward
+# functions that compute statistics in forward
+STATISTICS = (
+    (model_module, "collect_trace"),
+    (model_module, "row_weights"),
+    (experts_module, "_weighted_sum"),
+    (experts_module, "_weighted_sums_by_mask"),
+)
 
 
-class TrainingStep:
-    """train.py's step on one fixed batch of random tokens: call it to take one. `prepare` may change the model."""
+class SliceStep:
+    """A TrainingStep of the slice on one fixed batch of random tokens. Call it to take one step.
+
+    Args:
+        device: where it runs.
+        steps: steps of the plan that are on.
+        batch_size: sequences per batch; None: the slice's.
+        prepare: may change the model before it is moved to the device.
+        world: the ranks.
+        changes: settings that differ from the slice's.
+    """
 
     def __init__(
         self,
         device: torch.device,
-        steps: tuple[str, ...] = FIVE,
+        steps: tuple[str, ...] = STEPS,
         batch_size: int | None = None,
         prepare: Callable[[GPT], object] | None = None,
+        world: World | None = None,
         **changes,
     ):
         keys = read_config_file(str(SLICE)) | changes
         shape = {key: value for key, value in keys.items() if key in GPTConfig.__dataclass_fields__}
         shape = dict(vocab_size=257, bias=False) | shape
         config = GPTConfig(chrono=ChronoConfig(**dict.fromkeys(steps, True)), **shape)
-        self.device = device
         model = GPT(config, torch.Generator().manual_seed(0))
         if prepare is not None:
             prepare(model)
         self.model = model.to(device)
-        self.forward = self.model
         self.optimizer = self.model.configure_optimizers(0.1, 1e-4, (0.9, 0.99), device.type)
         self.loop = ChronoLoop(self.model.router_state, config.moe_blocks)
-        self.guard = NonFiniteGuard(self.model)
+        self.step = TrainingStep(
+            self.model, self.optimizer, self.loop, NonFiniteGuard(self.model),
+            torch.amp.GradScaler(device.type, enabled=False), autocast=partial(autocast, device),
+            forward=(world or World()).wrap_ddp(self.model, device), world=world,
+        )  # fmt: skip
         rows = batch_size or keys["batch_size"]
         generator = torch.Generator().manual_seed(1)
         ids = torch.randint(config.vocab_size, (rows, config.block_size + 1), generator=generator).to(device)
         self.batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
-    def __call__(self, observe: bool | str = "state") -> None:
-        with autocast(self.device):
-            _, loss, trace = self.forward(*self.batch, return_trace=observe, return_logits=False)
-        loss.backward()
-        norms = self.guard.norms()
-        torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), 1.0, torch.linalg.vector_norm(norms))
-        self.optimizer.found_inf = found_inf = self.guard.check(trace, norms, 1)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.loop.step(trace, found_inf)
+    def __call__(self, logged: bool = False) -> StepResult:
+        return self.step([self.batch], step=1, logged=logged)
 
     def logged(self) -> None:
-        """A step that logs: everything is observed, and read."""
-        self(observe=True)
+        """A step that logs: it computes and reads all metrics."""
+        self(logged=True)
         self.loop.read()
 
 
 def measure(report: Report, device: torch.device, effort: Effort, quick: bool) -> None:
     """The steps of the loop added one by one; all on and off; one-hot dispatch; statistics and loop by themselves."""
-    work: dict[str, Callable[[], None]] = {"all steps off": TrainingStep(device, ())}
-    for count, name in enumerate(FIVE, 1):
-        work[f"+ {name}"] = TrainingStep(device, FIVE[:count])
+    work: dict[str, Callable[[], None]] = {"all steps off": SliceStep(device, ())}
+    for count, name in enumerate(STEPS, 1):
+        work[f"+ {name}"] = SliceStep(device, STEPS[:count])
     title = "training step of config/vertical_slice.py, the five steps added one by one"
     report.compare("step", title, in_turns(work, device, effort))
 
-    on = TrainingStep(device)
-    work = {"all steps off": TrainingStep(device, ()), "all steps on": on, "all steps on, and logged": on.logged}
+    on = SliceStep(device)
+    work = {"all steps off": SliceStep(device, ()), "all steps on": on, "all steps on, and logged": on.logged}
     title = "the same, all on against all off"
     report.compare("step", title, in_turns(work, device, Effort(2 * effort.seconds, effort.least, 4 * effort.most)))
 
-    plain = TrainingStep(device, (), prepare=one_hot.put_into)
-    work = {"all steps on": TrainingStep(device), "all off, one-hot dispatch": plain}
+    plain = SliceStep(device, (), prepare=one_hot.put_into)
+    work = {"all steps on": SliceStep(device), "all off, one-hot dispatch": plain}
     report.compare("step", "the same, against one-hot dispatch", in_turns(work, device, effort))
     by_themselves(report, device, effort)
 
 
 def by_themselves(report: Report, device: torch.device, effort: Effort) -> None:
     """Statistics in forward and the loop: inside a step, where the caches hold other things, and repeated."""
-    places = [(model_module, name) for name in STATISTICS] + [(ChronoLoop, "step")]
+    places = [*STATISTICS, (ChronoLoop, "step")]
     steps: list[float] = []
     spent: list[dict[str, float]] = []
-    step = TrainingStep(device)
+    step = SliceStep(device)
     began = clock(device)
     while len(steps) < effort.least + 2 or (clock(device) - began < effort.seconds and len(steps) < effort.most):
         with stopwatch(device, places) as seconds:
@@ -104,13 +118,13 @@ def by_themselves(report: Report, device: torch.device, effort: Effort) -> None:
         spent.append(seconds)
     shares = [{name: value / total for name, value in each.items()} for each, total in zip(spent, steps)][2:]
     inside = {
-        "statistics in forward": statistics.median(sum(share[name] for name in STATISTICS) for share in shares),
+        "statistics in forward": statistics.median(sum(share[name] for _, name in STATISTICS) for share in shares),
         "the loop": statistics.median(share["step"] for share in shares),
         "together": statistics.median(sum(share.values()) for share in shares),
     }
     lines = [(f"{name}, in the step", 100 * share, "% of the step") for name, share in inside.items()]
 
-    calls = recorded_calls(step, STATISTICS)
+    calls = recorded_calls(step)
     trace = step.loop.last
 
     def repeated_statistics() -> None:
@@ -127,10 +141,10 @@ def by_themselves(report: Report, device: torch.device, effort: Effort) -> None:
     report.tell("step", f"statistics and loop in a step of {whole:.1f} ms ({len(shares)} steps)", lines)
 
 
-def recorded_calls(step: TrainingStep, names: tuple[str, ...]) -> list[tuple[Callable, tuple, dict]]:
-    """The calls that one step makes to functions of model.py: (function, arguments, keyword arguments)."""
+def recorded_calls(step: SliceStep) -> list[tuple[Callable, tuple, dict]]:
+    """The calls that one step makes to the functions in STATISTICS: (function, arguments, keyword arguments)."""
     calls: list[tuple[Callable, tuple, dict]] = []
-    originals = {name: getattr(model_module, name) for name in names}
+    originals = [(owner, name, getattr(owner, name)) for owner, name in STATISTICS]
 
     def recording(work: Callable) -> Callable:
         def call(*args, **kwargs):
@@ -139,32 +153,33 @@ def recorded_calls(step: TrainingStep, names: tuple[str, ...]) -> list[tuple[Cal
 
         return call
 
-    for name, work in originals.items():
-        setattr(model_module, name, recording(work))
+    for owner, name, work in originals:
+        setattr(owner, name, recording(work))
     try:
         step()
     finally:
-        for name, work in originals.items():
-            setattr(model_module, name, work)
+        for owner, name, work in originals:
+            setattr(owner, name, work)
     return calls
 
 
 def measure_saving(report: Report, device: torch.device, effort: Effort, quick: bool) -> None:
-    """Copying the state, what Keeper.save takes of the training loop, and the whole of it with the disk."""
-    step = TrainingStep(device)
+    """Time of copying the state, of Checkpointer.save within the training loop, and of the whole save with the disk."""
+    step = SliceStep(device)
     step()
-    state = {"model": step.model.state_dict(), "optimizer": step.optimizer.state_dict(), "iter_num": 1}
+    progress = Progress()
+    progress.step = 1
     with tempfile.TemporaryDirectory() as folder:
-        keeper = Keeper(Path(folder), print, lambda: None, interval=0, minutes=0)
+        checkpointer = Checkpointer(Path(folder), step.model, step.optimizer, {}, progress, device, World(), seed=0)
 
         def save_and_wait() -> None:
-            keeper.save(state)
-            keeper.wait()
+            checkpointer.save()
+            checkpointer.wait()
 
         work = {
-            "copying the state": lambda: copied(state),
-            "save": lambda: keeper.save(state),
-            "writing what was left": keeper.wait,
+            "copying the state": lambda: copy_to_cpu([step.model.state_dict(), step.optimizer.state_dict()]),
+            "save": checkpointer.save,
+            "waiting for the write": checkpointer.wait,
             "save and write": save_and_wait,
         }
         times: dict[str, list[float]] = {name: [] for name in work}
@@ -174,36 +189,42 @@ def measure_saving(report: Report, device: torch.device, effort: Effort, quick: 
                 each()
                 if turn >= 0:
                     times[name].append((clock(device) - start) * 1000)
-    report.compare("saving", "a checkpoint of config/vertical_slice.py: how long it holds training up", times)
+    report.compare("saving", "a checkpoint of config/vertical_slice.py: how long it holds up training", times)
 
 
-def across_ranks(report: Report, ranks: Ranks, device: torch.device, turns: int) -> None:
-    """What the trace's all-reduce and the hosts' agreement take of a step of the slice."""
-    step = TrainingStep(device)
-    averaged = ranks.wrap(step.model, device)
-    times: dict[str, list[float]] = {"step": [], "all-reduce of the trace": [], "agreement": []}
-    for turn in range(-2, turns):
-        began = clock(device)
-        with autocast(device):
-            _, loss, trace = averaged(*step.batch, return_trace="state", return_logits=False)
-        loss.backward()
-        ranks.wait()  # or waiting for the slower rank would count as communication
-        before = clock(device)
-        total = trace.summed_over_ranks()
-        reduced = clock(device)
-        norms = step.guard.norms()
-        step.optimizer.found_inf = step.guard.check(total, norms, 1)
-        step.optimizer.step()
-        step.optimizer.zero_grad(set_to_none=True)
-        step.loop.step(total, step.optimizer.found_inf)
-        ranks.wait()
-        agreeing = clock(device)
-        ranks.agree(0, 0)
-        end = clock(device)
-        if turn >= 0:
-            for name, took in zip(times, (end - began, reduced - before, end - agreeing)):
-                times[name].append(took * 1000)
-    if ranks.first:
-        size = sum(x.numel() * x.element_size() for x in total.present().values())
-        title = f"step of config/vertical_slice.py on {ranks.count} ranks; the trace is {size:,} bytes"
-        report.compare("ranks", title, times, bytes=size, ranks=ranks.count)
+def across_ranks(report: Report, world: World, device: torch.device, turns: int) -> None:
+    """Time of the trace's all-reduce and of the agreement between hosts in a step of the slice."""
+    step = SliceStep(device, world=world)
+    spent = {"step": 0.0, "all-reduce of the trace": 0.0, "agreement": 0.0}
+    times: dict[str, list[float]] = {name: [] for name in spent}
+    reduce = MoETrace.summed_over_ranks
+
+    def timed_reduce(trace: MoETrace) -> MoETrace:
+        if trace.is_reduced:
+            return trace
+        clock(device)
+        world.barrier()  # waiting for the slower rank is not communication
+        start = clock(device)
+        total = reduce(trace)
+        spent["all-reduce of the trace"] = clock(device) - start
+        return total
+
+    MoETrace.summed_over_ranks = timed_reduce
+    try:
+        for turn in range(-2, turns):
+            start = clock(device)
+            trace = step().trace
+            world.barrier()
+            agreeing = clock(device)
+            world.all_reduce_max(0, 0)
+            end = clock(device)
+            spent |= {"step": end - start, "agreement": end - agreeing}
+            if turn >= 0:
+                for name, seconds in spent.items():
+                    times[name].append(seconds * 1000)
+    finally:
+        MoETrace.summed_over_ranks = reduce
+    if world.is_main:
+        size = sum(x.numel() * x.element_size() for x in trace.present().values())
+        title = f"step of config/vertical_slice.py on {world.world_size} ranks; the trace is {size:,} bytes"
+        report.compare("ranks", title, times, bytes=size, ranks=world.world_size)

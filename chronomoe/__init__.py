@@ -1,8 +1,8 @@
 """The closed loop coherence -> beta -> routing -> coherence for mixture-of-experts layers.
 
-Step 1 router.py, step 2 coherence.py, step 3 beta.py, step 4 bridge.py, step 5 lifecycle.py; loop.py ties them,
-statistics.py sums up what the forward saw into trace.py's MoETrace, and dispatch.py moves tokens to experts and back.
-Nothing here knows of a trainer or of a particular model.
+One file per step of the plan: router.py (step 1), coherence.py (step 2), beta.py (step 3), bridge.py (step 4),
+lifecycle.py (step 5). statistics.py reduces what the routers did to the sums of a MoETrace (trace.py), loop.py updates
+all state from it, metrics.py names what is logged. This package imports torch only: no trainer, no model.
 """
 
 from chronomoe.beta import update_beta

@@ -1,21 +1,74 @@
-"""Step 3: coherence moves beta.
+"""Step 3: a signal moves beta.
 
-    beta_coeff += eta * (phi_slow - tau)     for experts whose phi moved in this step, then clamped to -k_max..k_max
+    beta_coeff <- clamp(beta_coeff + drift, -k_max, k_max)
+    drift = eta * (phi_slow - tau)     for experts whose phi was updated in this step, else 0   (signal 'coherence')
 
-The plan moves beta every 100 steps by what was observed since about the last time. Here beta drifts every step, so the
-evidence must be of that step: without new tokens phi is frozen, and its drift would go on to the clamp.
+Coherent experts are chosen more often. Softmax ignores a shift that is common to all experts of a layer, so only
+differences of beta change routing. `center` subtracts the layer's mean drift, and tau then cancels.
 
-A promotion prior: coherent experts are chosen more often. Softmax ignores a shift common to a layer's experts, so only
-the differences route; `center` subtracts the layer's mean drift, and then tau cancels.
+The plan updates beta every 100 steps. Here beta drifts at every step, so it uses only experts that were observed in
+this step: without new tokens phi is frozen, and its drift would run into the clamp.
+
+A signal is a function in SIGNALS and a choice of ChronoConfig.signal. It must not read a tensor on the host.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from chronomoe.coherence import CoherenceBuffer
+from chronomoe.config import ChronoConfig
 from chronomoe.router import RouterState
+from chronomoe.trace import MoETrace
+
+
+class Observation(NamedTuple):
+    """What a signal may use, per layer and expert."""
+
+    phi_slow: Tensor  # [L, E]
+    updated: Tensor  # [L, E] bool: phi was updated in this step
+    follows: Tensor | None  # [L, E] int64: the expert whose coherence each expert gets (signal 'shuffled')
+    tokens_per_expert: Tensor | None  # [L, E]
+
+
+def coherence_drift(config: ChronoConfig, seen: Observation) -> Tensor:
+    """Drift [L, E] towards each expert's own coherence."""
+    drift = config.eta * (seen.phi_slow - config.tau) * seen.updated
+    if config.center:
+        mean = drift.sum(-1, keepdim=True) / seen.updated.sum(-1, keepdim=True).clamp_min(1)
+        drift = (drift - mean) * seen.updated
+    return drift
+
+
+def shuffled_drift(config: ChronoConfig, seen: Observation) -> Tensor:
+    """Drift [L, E] towards the coherence of another expert of the layer: a placebo."""
+    if seen.follows is None:
+        raise ValueError("signal 'shuffled' needs follows")
+    phi, updated = seen.phi_slow.gather(-1, seen.follows), seen.updated.gather(-1, seen.follows)
+    return coherence_drift(config, seen._replace(phi_slow=phi, updated=updated))
+
+
+def load_drift(config: ChronoConfig, seen: Observation) -> Tensor:
+    """Drift [L, E] of loss-free load balancing (https://arxiv.org/abs/2408.15664, algorithm 1), less its mean.
+
+    An expert with less than its layer's mean load rises by eta, one with more falls by eta.
+    """
+    load = seen.tokens_per_expert
+    if load is None:
+        raise ValueError("signal 'load' needs a trace")
+    drift = config.eta * torch.sign(load.mean(-1, keepdim=True) - load)
+    return drift - drift.mean(-1, keepdim=True)
+
+
+SIGNALS: dict[str, Callable[[ChronoConfig, Observation], Tensor]] = {
+    "coherence": coherence_drift,
+    "shuffled": shuffled_drift,
+    "load": load_drift,
+}
 
 
 @torch.no_grad()
@@ -23,44 +76,32 @@ def update_beta(
     router_state: RouterState,
     coherence: CoherenceBuffer,
     ok: Tensor,
+    trace: MoETrace | None = None,
     follows: Tensor | None = None,
     phi_slow: Tensor | None = None,
 ) -> None:
-    """One step of beta from phi_slow for the experts updated in this step; where `ok` [] bool is False nothing changes.
+    """Move beta by one step of the configured signal, in place.
 
-    `follows` [L, E] int64 gives each expert the coherence of another one of its layer (signal 'shuffled').
-    phi_slow [L, E] spares taking it from `coherence` again.
+    Args:
+        router_state: its beta_coeff [L, E] is updated; its config names the signal.
+        coherence: read for phi_slow and for which experts were updated in this step.
+        ok: [] bool; where it is False nothing changes.
+        trace: this step's trace; needed by signal 'load'.
+        follows: [L, E] int64, another expert of the same layer for each expert; needed by signal 'shuffled'.
+        phi_slow: [L, E], optional; avoids recomputing it.
     """
     config = router_state.config
-    phi, updated = coherence.phi("slow") if phi_slow is None else phi_slow, coherence.updated()
-    if follows is not None:
-        phi, updated = phi.gather(-1, follows), updated.gather(-1, follows)
-    drift = config.eta * (phi - config.tau) * updated
-    if config.center:
-        mean = drift.sum(-1, keepdim=True) / updated.sum(-1, keepdim=True).clamp_min(1)
-        drift = (drift - mean) * updated
-    _apply(router_state, drift, ok)
-
-
-@torch.no_grad()
-def update_beta_from_load(router_state: RouterState, chosen: Tensor, ok: Tensor) -> None:
-    """Loss-free load balancing (https://arxiv.org/abs/2408.15664, algorithm 1) from chosen slots [L, E], recentred.
-
-    An expert with less than its layer's mean load rises by eta, one with more falls by eta.
-    """
-    drift = router_state.config.eta * torch.sign(chosen.mean(-1, keepdim=True) - chosen)
-    _apply(router_state, drift - drift.mean(-1, keepdim=True), ok)
-
-
-def _apply(router_state: RouterState, drift: Tensor, ok: Tensor) -> None:
-    k_max = router_state.config.k_max
-    router_state.beta_coeff.add_(drift * ok).clamp_(-k_max, k_max)
+    phi_slow = coherence.phi("slow") if phi_slow is None else phi_slow
+    tokens_per_expert = None if trace is None else trace.tokens_per_expert
+    seen = Observation(phi_slow, coherence.updated(), follows, tokens_per_expert)
+    drift = SIGNALS[config.signal](config, seen)
+    router_state.beta_coeff.add_(drift * ok).clamp_(-config.k_max, config.k_max)
 
 
 def derangement(num_layers: int, num_experts: int, seed: int) -> Tensor:
-    """For each layer a random permutation of the experts without fixed points, [L, E] int64, from `seed`.
+    """Draw for each layer a random permutation of the experts without fixed points: [L, E] int64.
 
-    A random cycle through all experts: uniform over cyclic permutations, so every other expert is equally likely.
+    Each is one cycle through all experts, uniform over such cycles, so every other expert is equally likely.
     """
     generator = torch.Generator().manual_seed(seed)
     rows = []

@@ -1,13 +1,13 @@
-"""Step 2: does an expert's output point where its layer's output points?
+"""Step 2: coherence, the cosine between an expert's output and its layer's output.
 
     phi_e = cos(sum of y_e over the expert's tokens, sum of the mixture over all tokens)
 
-The mixture is sum_e g_e y_e, before the residual. A cosine ignores length, so sums over tokens do for means, and sums
-over micro-batches and ranks add. With reference 'leave_one_out' the expert's own share g_e y_e is taken out of the
-mixture. phi is smoothed by three EMAs, read corrected for their start at zero: phi / (1 - alpha^n) after n updates.
+The mixture is sum_e g_e y_e, before the residual. A cosine ignores length, so sums over tokens replace means, and they
+add over micro-batches and ranks. With reference 'leave_one_out' the expert's own part g_e y_e is subtracted from the
+mixture. phi is smoothed by three EMAs, corrected for their start at zero: phi / (1 - alpha^n) after n updates.
 
-Coherence with the mixture rewards loudness: an expert of noise three times too large is most of the mixture that it is
-compared with. leave_one_out is not fooled.
+Coherence with the mixture rewards large outputs: an expert whose outputs are noise, three times too large, dominates
+the mixture that it is compared with. 'leave_one_out' does not have this flaw.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CLOCKS = ("fast", "mid", "slow")
 
 @dataclass(frozen=True)
 class CoherenceState:
-    """One expert's coherence as read for people, on the host. phi is None before the first token."""
+    """One expert's coherence on the host. phi is None before the first token."""
 
     expert_id: str  # "L0_E3": transformer block 0, expert 3
     layer_id: int  # transformer block
@@ -40,9 +40,9 @@ class CoherenceState:
 
 
 def coherence(output: Tensor, gated_output: Tensor, reference: str) -> Tensor:
-    """phi [..., E] in -1..1 from sums over tokens of y_e and g_e y_e [..., E, D].
+    """phi [..., E], -1 to 1, from sums over tokens of y_e and g_e y_e [..., E, D].
 
-    0 where one of the two directions is undefined (no tokens, or a reference of length zero).
+    0 where a direction is undefined: no tokens, or a reference of length zero.
     """
     target = gated_output.sum(-2, keepdim=True)
     if reference == "leave_one_out":
@@ -52,10 +52,10 @@ def coherence(output: Tensor, gated_output: Tensor, reference: str) -> Tensor:
 
 
 class CoherenceBuffer(StateModule):
-    """The three EMAs of phi and what was observed, for all L layers, on the device.
+    """The three EMAs of phi and the counts of observations, for all L layers, on the device.
 
-    Buffers [L, E]: phi_fast, phi_mid, phi_slow (raw EMAs; read them with `phi`), update_count, total_tokens_seen,
-    last_update_step (-1: never); and step [], the number of steps taken.
+    Buffers [L, E]: phi_fast, phi_mid, phi_slow (raw EMAs; use `phi` to read them), update_count, total_tokens_seen,
+    last_update_step (-1: never). Buffer []: step, the number of steps taken.
     """
 
     def __init__(self, num_layers: int, num_experts: int, config: ChronoConfig):
@@ -71,47 +71,50 @@ class CoherenceBuffer(StateModule):
 
     @torch.no_grad()
     def update(self, trace: MoETrace, ok: Tensor) -> None:
-        """Take in one step's sums, for the experts that got tokens; where `ok` [] bool is False only time passes."""
+        """Update the experts that received tokens. Where `ok` [] bool is False only `step` advances."""
         self.step += 1
         phi_raw = coherence(trace.output, trace.gated_output, self.config.reference)
-        active = ok & (trace.kept > 0) & (phi_raw.abs() < torch.inf)
+        active = ok & (trace.kept_per_expert > 0) & (phi_raw.abs() < torch.inf)
         phi_raw = torch.where(active, phi_raw, 0.0).to(self.phi_slow.dtype)
         moves = active.to(phi_raw.dtype)
         for clock in CLOCKS:
-            # a weight of 0 leaves an EMA as it is
+            # a weight of 0 leaves the EMA unchanged
             getattr(self, f"phi_{clock}").lerp_(phi_raw, moves * (1 - getattr(self.config, f"alpha_{clock}")))
         self.update_count += active
-        self.total_tokens_seen += (trace.kept * active).long()
+        self.total_tokens_seen += (trace.kept_per_expert * active).long()
         self.last_update_step.copy_(torch.where(active, self.step, self.last_update_step))
 
     def phi(self, clock: str) -> Tensor:
-        """phi [L, E] of a clock, 'fast', 'mid' or 'slow', in -1..1; 0 for experts never observed."""
+        """phi [L, E] of the clock 'fast', 'mid' or 'slow', -1 to 1; 0 for experts never observed."""
         ema = getattr(self, f"phi_{clock}")
         alpha = getattr(self.config, f"alpha_{clock}")
         if not self.config.ema_debias or alpha == 0:
             return ema
-        # 1 - alpha^n, without the cancellation of float32 at alpha = 0.999 and small n
+        # 1 - alpha^n in float32 cancels for alpha = 0.999 and small n
         count = self.update_count.clamp_min(1).to(ema.dtype)
         return ema / -torch.expm1(count * math.log(alpha))
 
     def ever_observed(self) -> Tensor:
-        """[L, E] bool: the expert has had a token."""
+        """[L, E] bool: the expert has received a token."""
         return self.update_count > 0
 
     def updated(self) -> Tensor:
-        """[L, E] bool: the last step's tokens moved the expert's phi."""
+        """[L, E] bool: the expert's phi was updated in the last step."""
         return self.last_update_step == self.step
 
     def observed(self) -> Tensor:
-        """[L, E] bool: the expert has had a token within the last `window` steps."""
+        """[L, E] bool: the expert has received a token within the last `window` steps."""
         return self.ever_observed() & (self.step - self.last_update_step < self.config.window)
 
     def layer_phi(self, phi_slow: Tensor | None = None) -> Tensor:
-        """Token-weighted mean of phi_slow over a layer's experts, [L]; 0 before any token."""
+        """Token-weighted mean of phi_slow over each layer's experts, [L]; 0 before the first token.
+
+        phi_slow [L, E]: optional; avoids recomputing it.
+        """
         phi_slow = self.phi("slow") if phi_slow is None else phi_slow
         tokens = self.total_tokens_seen.to(phi_slow.dtype)
         return (phi_slow * tokens).sum(-1) / tokens.sum(-1).clamp_min(1)
 
     def starving(self, phi_slow: Tensor | None = None) -> Tensor:
-        """[L] bool: the layer's coherence is below `starving_phi`. phi_slow [L, E] spares taking it again."""
+        """[L] bool: layer_phi is below `starving_phi`. phi_slow [L, E]: optional; avoids recomputing it."""
         return self.layer_phi(phi_slow) < self.config.starving_phi

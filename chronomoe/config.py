@@ -1,6 +1,6 @@
-"""The settings of the loop: which of the five steps are on, and their constants.
+"""Settings of the loop: which of the five steps are on, and their constants.
 
-`python train.py --help` prints these with the prefix `chrono_`.
+`python train.py --help` lists them with the prefix `chrono_`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from chronomoe.options import check_options, option
 THRESHOLDS = {"js": 0.2, "overlap": 0.1}  # default of bridge_threshold, by bridge_signal
 STEPS = ("router", "coherence", "beta", "bridge", "lifecycle")
 
-# Step -> the steps whose results it reads.
+# step -> the steps whose results it uses
 NEEDS = {
     "beta": ("router", "coherence"),
     "bridge": ("router",),
@@ -21,7 +21,7 @@ NEEDS = {
 
 
 def missing_steps(config: ChronoConfig) -> list[tuple[str, str]]:
-    """Pairs (step, needed): a step that is on while one that it reads from is off."""
+    """Pairs (step, needed step) where the first is on and the second is off."""
     return [
         (step, needed)
         for step, needs in NEEDS.items()
@@ -32,10 +32,9 @@ def missing_steps(config: ChronoConfig) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class ChronoConfig:
-    """Switches and constants of the closed loop.
+    """Switches and constants of the loop.
 
-    Raises ValueError for a value of a wrong type or out of range, and when a step is on while one that it reads from is
-    off.
+    Raises ValueError for a wrong type, a value out of range, or a step whose needed steps are off.
     """
 
     router: bool = option(False, "step 1: add beta to the routing logits, measure clean against biased routing")
@@ -50,15 +49,15 @@ class ChronoConfig:
         choices=("coherence", "shuffled", "load"),
         needs="beta",
     )
-    k_max: float = option(0.3, "beta stays within plus and minus this, in units of logit_std", least=0, needs="beta")
-    eta: float = option(1e-4, "drift of beta per step and unit of (phi_slow - tau)", least=0, needs="beta")
-    tau: float = option(0.5, "coherence at which beta stands still", least=-1, most=1, needs="beta")
+    k_max: float = option(0.3, "bound of beta on either side, in units of logit_std", least=0, needs="beta")
+    eta: float = option(1e-4, "drift of beta per step, per unit of (phi_slow - tau)", least=0, needs="beta")
+    tau: float = option(0.5, "coherence at which beta does not move", least=-1, most=1, needs="beta")
     center: bool = option(
         False, "subtract the layer's mean drift, so that beta moves only by differences", needs="beta"
     )
     gates: str = option(
         "biased",
-        "'biased': beta also weighs the chosen experts; 'clean': it only chooses them",
+        "'biased': beta affects choice and gates; 'clean': only the choice",
         choices=("biased", "clean"),
         needs="beta",
     )
@@ -67,11 +66,11 @@ class ChronoConfig:
     alpha_fast: float = option(0.9, "EMA factor of phi_fast", least=0, below=1, needs="coherence")
     alpha_mid: float = option(0.99, "EMA factor of phi_mid", least=0, below=1, needs="coherence")
     alpha_slow: float = option(0.999, "EMA factor of phi_slow", least=0, below=1, needs="coherence")
-    ema_debias: bool = option(True, "read the phi EMAs corrected for their start at zero", needs="coherence")
+    ema_debias: bool = option(True, "correct the phi EMAs for their start at zero", needs="coherence")
 
     reference: str = option(
         "mixture",
-        "what an expert's output is compared with; 'leave_one_out' takes the expert's own share out",
+        "what an expert's output is compared with; 'leave_one_out' subtracts the expert's own part",
         choices=("mixture", "leave_one_out"),
         needs="coherence",
     )
@@ -86,14 +85,14 @@ class ChronoConfig:
     bridge_signal: str = option("js", "disagreement that the bridge reads", choices=("js", "overlap"), needs="bridge")
     bridge_threshold: float | None = option(
         None,
-        "disagreement up to which beta acts in full; at three times it beta is off; None: 0.2 for 'js', 0.1 for "
-        "'overlap'",
+        "disagreement up to which beta is applied in full; three times this switches beta off; None: 0.2 for 'js', "
+        "0.1 for 'overlap'",
         needs="bridge",
         above=0,
     )
     bridge_scope: str = option(
         "batch",
-        "'batch': one relevance a layer, from the last step; 'token': one a token, from itself",
+        "'batch': one relevance per layer, from the last step; 'token': one per token, from itself",
         choices=("batch", "token"),
         needs="bridge",
     )
@@ -108,7 +107,7 @@ class ChronoConfig:
         100, "low_coherence: only with more updates than this", least=0, needs="lifecycle", role="logging"
     )
     unused_tokens: int = option(
-        100, "low_observability: fewer tokens than this in all", least=0, needs="lifecycle", role="logging"
+        100, "low_observability: fewer tokens than this in total", least=0, needs="lifecycle", role="logging"
     )
     unused_after: int = option(
         1000, "low_observability: not before this many steps", least=0, needs="lifecycle", role="logging"
@@ -129,7 +128,7 @@ class ChronoConfig:
 
     @property
     def disagreement_threshold(self) -> float:
-        """bridge_threshold, or where that is None the default of bridge_signal."""
+        """bridge_threshold; the default of bridge_signal if that is None."""
         return THRESHOLDS[self.bridge_signal] if self.bridge_threshold is None else self.bridge_threshold
 
     def steps_on(self) -> list[str]:

@@ -1,7 +1,7 @@
-"""Step 5: which experts would be pruned. A dry run: proposals are reported, nothing is executed.
+"""Step 5: propose experts to prune. Proposals are reported; nothing is pruned.
 
-low_observability   after `unused_after` steps: fewer than `unused_tokens` tokens in all, or none for `window`
-                    steps, unless the layer is starving (token-weighted mean phi_slow below `starving_phi`)
+low_observability   after `unused_after` steps: fewer than `unused_tokens` tokens in total, or none for `window`
+                    steps; not in a starving layer (token-weighted mean phi_slow below `starving_phi`)
 low_coherence       phi_slow below `prune_phi`, with more than `prune_min_tokens` tokens and more than
                     `prune_min_updates` updates
 """
@@ -22,21 +22,22 @@ REASONS = ("low_observability", "low_coherence")
 
 @dataclass(frozen=True)
 class PruneDecision:
-    """A candidate that opened or was withdrawn, as reported to people."""
+    """A candidate that opened or was withdrawn."""
 
     expert_id: str  # "L0_E3": transformer block 0, expert 3
     reason: str  # one of REASONS
     action: str  # "open" or "withdrawn"
-    step: int  # at which it opened or was withdrawn
-    phi_slow: float | None  # when reported
-    total_tokens_seen: int  # when reported
+    step: int  # step at which it opened or was withdrawn
+    phi_slow: float | None  # at the time of the report
+    total_tokens_seen: int  # at the time of the report
 
 
 class LifecycleCoordinator(StateModule):
-    """Evaluates the prune rules each step on the device and remembers which candidates are open.
+    """Applies the prune rules at each step on the device and stores which candidates are open.
 
-    Buffers [2, L, E], the first dimension by REASONS: open, bool; since, int64, the step of the last change; reported,
-    bool, what the last report said. A candidate that opens and is withdrawn between two reports is not reported.
+    Buffers [2, L, E], the first dimension by REASONS: open (bool); since (int64), step of the last change; reported
+    (bool), value of `open` at the last report. A candidate that opens and is withdrawn between two reports is not
+    reported.
     """
 
     def __init__(self, num_layers: int, num_experts: int, config: ChronoConfig):
@@ -48,7 +49,10 @@ class LifecycleCoordinator(StateModule):
         self.register_buffer("reported", torch.zeros(shape, dtype=torch.bool))
 
     def evaluate(self, coherence: CoherenceBuffer, phi_slow: Tensor | None = None) -> Tensor:
-        """The rules' answer now, [2, L, E] bool. phi_slow [L, E] spares taking it from `coherence` again."""
+        """Which experts meet each prune rule at this step: [2, L, E] bool.
+
+        phi_slow [L, E]: optional; avoids recomputing it.
+        """
         config = self.config
         phi_slow = coherence.phi("slow") if phi_slow is None else phi_slow
         few = coherence.total_tokens_seen < config.unused_tokens
@@ -63,11 +67,11 @@ class LifecycleCoordinator(StateModule):
 
     @torch.no_grad()
     def update(self, coherence: CoherenceBuffer, phi_slow: Tensor | None = None) -> None:
-        """Open and withdraw candidates for this step."""
+        """Open and withdraw candidates by the rules at this step. phi_slow: as in `evaluate`."""
         now = self.evaluate(coherence, phi_slow)
         self.since.copy_(torch.where(now != self.open, coherence.step, self.since))
         self.open.copy_(now)
 
     def candidates(self) -> Tensor:
-        """Number of experts proposed for any reason, [] int64."""
+        """Number of experts with an open candidate: [] int64."""
         return self.open.any(0).sum()

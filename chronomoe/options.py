@@ -1,4 +1,4 @@
-"""Settings that carry their own description: type, default, range, meaning, and what a change of them changes."""
+"""Dataclass fields that declare their type, default, range, meaning and role."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-LARGEST = {int: 2**63, float: 1e300}  # upper limits of settings
+MAX_MAGNITUDE = {int: 2**63, float: 1e300}  # upper limits of settings; also rejects infinity
 BOUNDS = {"least": "at least", "above": "above", "most": "at most", "below": "below"}
 
 
@@ -26,10 +26,16 @@ def option(
     below: float | None = None,
     most: float | None = None,
 ) -> Any:
-    """A dataclass field that documents itself and knows its range.
+    """Declare a dataclass field with its meaning and range.
 
-    role: what a change of the value changes; by default what is computed. `needs`: name of the field without which the
-    value has no effect. `above` and `below` are exclusive bounds, `least` and `most` inclusive ones.
+    Args:
+        default: default value.
+        help: meaning, for --help.
+        role: what a change of the value affects (trainer/settings.py); by default what is computed.
+        needs: name of a field; while that is off, the value has no effect.
+        choices: allowed values.
+        above, below: exclusive bounds.
+        least, most: inclusive bounds.
     """
     limits = {"choices": choices, "above": above, "least": least, "below": below, "most": most}
     return dataclasses.field(default=default, metadata={"help": help, "role": role, "needs": needs, **limits})
@@ -37,7 +43,7 @@ def option(
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """One field that was declared with `option`."""
+    """A field that was declared with `option`."""
 
     name: str
     default: Any
@@ -63,13 +69,15 @@ class Option:
         return self.metadata["needs"]
 
     def check(self, value: Any) -> Any:
-        """The value in the option's type. Raises ValueError if its type or range is wrong."""
+        """Convert the value to the option's type. Raises ValueError for a wrong type or a value out of range."""
         if value is None and self.optional:
             return None
         kind, m = self.kind, self.metadata
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
-        if is_number and kind in LARGEST and abs(value) >= LARGEST[kind]:
-            raise ValueError(f"{self.name}={value!r} must be {self.expected()}, of a size below {LARGEST[kind]:g}")
+        if is_number and kind in MAX_MAGNITUDE and abs(value) >= MAX_MAGNITUDE[kind]:
+            raise ValueError(
+                f"{self.name}={value!r} must be {self.expected()}, of a size below {MAX_MAGNITUDE[kind]:g}"
+            )
         if kind is float and is_number:
             value = float(value)
         elif kind is int and is_number and value == int(value):
@@ -89,7 +97,7 @@ class Option:
         return value
 
     def expected(self) -> str:
-        """The allowed values, in words."""
+        """Describe the allowed values."""
         m = self.metadata
         if m["choices"] is not None:
             return "one of " + ", ".join(repr(c) for c in m["choices"])
@@ -101,7 +109,7 @@ class Option:
 
 @functools.cache
 def options_of(owner: type, prefix: str = "") -> Mapping[str, Option]:
-    """The options of a dataclass by name, in the order of declaration. `prefix` is put before each name."""
+    """The options of a dataclass by name, in the order of declaration. Each name gets the prefix."""
     hints = typing.get_type_hints(owner)
     declared = [f for f in dataclasses.fields(owner) if "help" in f.metadata]
     found = {}
@@ -113,7 +121,7 @@ def options_of(owner: type, prefix: str = "") -> Mapping[str, Option]:
 
 
 def check_options(instance: Any) -> None:
-    """Convert the fields of a dataclass to their types. Raises ValueError for a wrong type or a value out of range."""
+    """Convert a dataclass instance's options to their types. Raises ValueError for a wrong type or range."""
     for name, declared in options_of(type(instance)).items():
         value = getattr(instance, name)
         if getattr(value, "size", None) == 1 and hasattr(value, "item"):
@@ -122,12 +130,12 @@ def check_options(instance: Any) -> None:
 
 
 def is_active(name: str, values: Mapping[str, Any], declared: Mapping[str, Option]) -> bool:
-    """Whether the value of an option has an effect: what it needs, and what that needs in turn, is on."""
+    """Whether the value of an option has an effect: every option it needs, directly or indirectly, is on."""
     needed = declared[name].needs if name in declared else None
     return needed is None or (bool(values.get(needed)) and is_active(needed, values, declared))
 
 
 def same_option(owner: type, name: str, default: Any = dataclasses.MISSING) -> Any:
-    """The option `name` of the dataclass `owner` as a field of another dataclass, by default with the same default."""
+    """The option `name` of the dataclass `owner` as a field of another dataclass, optionally with another default."""
     f = next(f for f in dataclasses.fields(owner) if f.name == name)
     return dataclasses.field(default=f.default if default is dataclasses.MISSING else default, metadata=f.metadata)

@@ -1,13 +1,12 @@
-"""Step 1: a router with two distributions, clean and biased.
+"""Step 1: a top-k router with clean and biased logits.
 
     z_clean  = h W_g^T (+ noise)                                [N, E]
     beta_eff = clamp(beta_coeff, -k_max, k_max) * logit_std     [E]
     z_biased = z_clean + r * beta_eff                           [N, E]
 
-logit_std is measured on h W_g^T without the noise, because evaluation routes without it.
-
-Tokens go to the top K of z_biased, weighed by the softmax over those K or over all E. beta_coeff, logit_std and r are
-read here and written by ChronoLoop only, after the optimizer step.
+Tokens go to the top K of z_biased. Gates are the softmax over those K, or over all E. logit_std is measured on h W_g^T
+without noise, because evaluation has none. This file reads beta_coeff, logit_std and r; only ChronoLoop writes them,
+after the optimizer step.
 
 Shapes: L MoE layers, E experts, N tokens, K top_k, D model width.
 """
@@ -28,19 +27,22 @@ from chronomoe.trace import MoETrace
 
 
 class RouterBias(NamedTuple):
-    """What one layer's router reads of RouterState in a forward."""
+    """One layer's bias in a forward."""
 
     beta_eff: Tensor  # [E] bias on the logits at full strength
-    relevance: Tensor  # [] strength of the last step's bridge, 0 to 1
+    relevance: Tensor  # [] strength r set by the bridge in the last step, 0 to 1
 
 
 class RouterState(StateModule):
-    """beta and what scales it, for all L MoE layers.
+    """beta and its scale, for all L MoE layers.
 
-    Buffers: beta_coeff [L, E], scale-free; logit_std [L], the EMA of the standard deviation of the noise-free logits
-    over the experts of a token (divisor E - 1), pooled over tokens, 1 until first observed; disagreement [L], of the
-    last step at full strength, and relevance [L], r, which follows from it; updates [], the number of observations of
-    logit_std.
+    Buffers:
+        beta_coeff: [L, E], in units of logit_std.
+        logit_std: [L], EMA of the standard deviation of the noise-free logits over the experts (divisor E - 1), pooled
+            over tokens; 1 before the first observation.
+        disagreement: [L], of the last step, at full strength.
+        relevance: [L], r, computed from disagreement.
+        updates: [], number of observations of logit_std.
     """
 
     def __init__(self, num_layers: int, num_experts: int, config: ChronoConfig):
@@ -58,7 +60,7 @@ class RouterState(StateModule):
         return self.beta_coeff.clamp(-k_max, k_max) * self.logit_std.unsqueeze(-1)
 
     def layer_biases(self) -> list[RouterBias | None]:
-        """What each layer's router reads: one RouterBias a layer, or None where step 1 is off."""
+        """One RouterBias per layer; None where step 1 is off."""
         if not self.config.router:
             return [None] * len(self.logit_std)
         relevance = self.relevance if self.config.bridge else torch.ones_like(self.relevance)
@@ -66,12 +68,12 @@ class RouterState(StateModule):
 
     @torch.no_grad()
     def update(self, trace: MoETrace, ok: Tensor) -> None:
-        """Take in one step's sums; where `ok` [] bool is False nothing changes."""
+        """Update from one step's trace. Where `ok` [] bool is False nothing changes."""
         config = self.config
         std = (trace.logit_var / trace.tokens).sqrt()
-        # the first observation is taken whole
+        # the first observation has a weight of 1
         weight = (self.updates == 0).to(std.dtype).clamp_min(1 - config.logit_std_alpha)
-        # finite even where ok: a logit of -inf leaves loss and gradient finite, and its variance is none
+        # a logit of -inf has a variance that is not finite, while loss and gradient are finite
         good = ok & (std < torch.inf)
         self.logit_std.lerp_(torch.where(good, std, self.logit_std), weight)
         self.updates += ok
@@ -82,18 +84,18 @@ class RouterState(StateModule):
 
 
 class Routing(NamedTuple):
-    """Where N tokens go."""
+    """The routing of N tokens."""
 
-    experts: Tensor  # [N, K] int64, by falling biased logit
+    experts: Tensor  # [N, K] int64, ordered by falling biased logit
     gates: Tensor  # [N, K] float32; each row sums to 1, or to at most 1 with norm_topk_prob=False
-    z_clean: Tensor  # [N, E], with the router's noise
-    noise_free: Tensor | None  # [N, E] z_clean without its noise; None: it has none
+    z_clean: Tensor  # [N, E], with router noise
+    noise_free: Tensor | None  # [N, E] z_clean without noise; None if there is no noise
     z_biased: Tensor  # [N, E]
-    chosen: Tensor  # [E] slots that chose the expert
+    tokens_per_expert: Tensor  # [E] tokens routed to each expert
     aux_loss: Tensor  # [], with a gradient
     router_z_loss: Tensor  # [], with a gradient
-    bias: RouterBias | None  # as given
-    relevance: Tensor | None  # [] or [N, 1], the strength with which the bias was applied; None without a bias
+    bias: RouterBias | None  # the argument of forward
+    relevance: Tensor | None  # [] or [N, 1], strength with which the bias was applied; None without a bias
 
 
 class ChronoRouter(nn.Module):
@@ -102,11 +104,11 @@ class ChronoRouter(nn.Module):
     Args:
         d_model: width D of the hidden states.
         num_experts: E.
-        top_k: experts a token, 1 to E.
-        config: the loop's settings; the router reads `router`, `gates` and the bridge's.
-        norm_topk_prob: gates are the softmax over the chosen K; False: over all E, taken at the chosen. With top_k=1
-            and True every gate is exactly 1, so W_g gets no gradient through the gates.
-        noisy: learnt noise on the logits while training (https://arxiv.org/abs/1701.06538, eq. 4).
+        top_k: K, experts per token, 1 to E.
+        config: settings of the loop.
+        norm_topk_prob: True: gates are the softmax over the K chosen logits. False: the softmax over all E. With True and
+            top_k=1 every gate is 1, so W_g receives no gradient through the gates.
+        noisy: add learnt noise to the logits in training (https://arxiv.org/abs/1701.06538, eq. 4).
         full_precision: compute the logits in float32 under autocast (https://arxiv.org/abs/2101.03961, section 2.4).
 
     Raises ValueError if top_k is not in 1..E.
@@ -135,7 +137,7 @@ class ChronoRouter(nn.Module):
         self.w_noise = nn.Linear(d_model, num_experts, bias=False) if noisy else None
 
     def clean_logits(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """z_clean [N, E] from hidden states x [N, D], and the same without noise, or None if there is no noise.
+        """z_clean [N, E] of hidden states x [N, D], and the same without noise (None if there is no noise).
 
         In float32, or float64 for float64 input.
         """
@@ -153,33 +155,35 @@ class ChronoRouter(nn.Module):
         z_clean, noise_free = self.clean_logits(x)
         z_biased, relevance = z_clean, None
         if bias is not None:
-            # The bias is state: constant to autograd, and added in at least float32.
+            # the bias is state: it has no gradient, and is added in at least float32
             relevance = self._relevance(z_clean, bias)
             z_biased = z_clean + relevance * bias.beta_eff
 
-        chosen, experts = z_biased.topk(self.top_k, dim=-1)
+        top_logits, experts = z_biased.topk(self.top_k, dim=-1)
         if bias is not None and self.config.gates == "clean":
             gates = self.gates_of(z_clean.gather(-1, experts), z_clean)
         else:
-            gates = self.gates_of(chosen, z_biased)
+            gates = self.gates_of(top_logits, z_biased)
 
-        # Switch Transformer, https://arxiv.org/abs/2101.03961 eq. 4 to 6, on the gates and the choice that are used.
+        # Switch Transformer, https://arxiv.org/abs/2101.03961 eq. 4 to 6, on the applied gates and choices.
         gate_of_expert = torch.zeros_like(z_clean).scatter(-1, experts, gates)
-        chose = torch.zeros_like(z_clean).scatter(-1, experts, 1.0).sum(0)
-        aux_loss = self.num_experts * (gate_of_expert.mean(0) * (chose / len(x))).sum()
+        tokens_per_expert = torch.zeros_like(z_clean).scatter(-1, experts, 1.0).sum(0)
+        aux_loss = self.num_experts * (gate_of_expert.mean(0) * (tokens_per_expert / len(x))).sum()
         # ST-MoE, https://arxiv.org/abs/2202.08906 eq. 5.
         router_z_loss = z_clean.logsumexp(-1).square().mean()
-        return Routing(experts, gates, z_clean, noise_free, z_biased, chose, aux_loss, router_z_loss, bias, relevance)
+        return Routing(
+            experts, gates, z_clean, noise_free, z_biased, tokens_per_expert, aux_loss, router_z_loss, bias, relevance
+        )
 
-    def gates_of(self, chosen: Tensor, logits: Tensor) -> Tensor:
-        """Gates [N, K] of experts with logits `chosen` [N, K] among all experts' `logits` [N, E]."""
+    def gates_of(self, top_logits: Tensor, logits: Tensor) -> Tensor:
+        """Gates [N, K] from the logits of the chosen experts [N, K] and of all experts [N, E]."""
         if self.norm_topk_prob:
-            return chosen.softmax(-1)
-        return (chosen - logits.logsumexp(-1, keepdim=True)).exp()
+            return top_logits.softmax(-1)
+        return (top_logits - logits.logsumexp(-1, keepdim=True)).exp()
 
     @torch.no_grad()
     def _relevance(self, z_clean: Tensor, bias: RouterBias) -> Tensor:
-        """How strongly to apply the bias: [], or [N, 1] where each token is judged by itself."""
+        """Strength r of the bias: [], or [N, 1] with bridge_scope='token'."""
         config = self.config
         if not (config.bridge and config.bridge_scope == "token"):
             return bias.relevance.to(z_clean.dtype)

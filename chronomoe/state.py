@@ -1,4 +1,4 @@
-"""A module whose tensors are state, not weights: kept in float32 and in the checkpoint."""
+"""Modules whose buffers are state: in the checkpoint, and never below float32."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from torch import Tensor, nn
 
 
 class StateModule(nn.Module):
-    """Buffers that follow `.to(device)` but are never narrowed below float32.
+    """Module whose buffers follow `.to(device)` but keep at least float32.
 
-    `model.to(torch.bfloat16)` would otherwise cast them, and an EMA with factor 0.999 stalls in bfloat16:
-    its increments are below half a unit in the last place.
+    In bfloat16 an EMA with factor 0.999 stalls: its increments are below half a unit in the last place.
     """
 
     def _apply(self, fn, recurse=True):
@@ -22,5 +21,5 @@ class StateModule(nn.Module):
 
 
 def widened(x: Tensor) -> Tensor:
-    """x in float32, or in float64 if it came so: the precision in which statistics are taken and read."""
+    """x in float32, or in float64 if it is float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

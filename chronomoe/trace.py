@@ -1,4 +1,4 @@
-"""What a forward hands to the loop: sums over tokens, so that micro-batches and ranks simply add.
+"""What a forward passes to the loop: sums over tokens, which add over micro-batches and ranks.
 
 Shapes: L MoE layers, E experts, D model width.
 """
@@ -10,29 +10,30 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-LOGGED = frozenset({"prob", "js", "overlap", "flip", "flip_set", "relevance"})  # fields that only logs read
+# Fields that are only logged. They do not affect state, and forward leaves them out with logged=False.
+LOGGED = frozenset({"prob", "js", "overlap", "flip", "flip_set", "relevance"})
 
 
 @dataclass
 class MoETrace:
-    """Sums over the tokens of one or more micro-batches; no field carries a gradient.
+    """Sums over the tokens of one or more micro-batches. No field carries a gradient.
 
-    A field is None where the step that it serves is off. `a + b` is the trace of both.
+    A field is None where the step of the plan that uses it is off. `a + b` is the trace of both.
     """
 
-    tokens: Tensor  # [] tokens seen
-    batches: Tensor  # [] micro-batches seen
+    tokens: Tensor  # [] number of tokens
+    batches: Tensor  # [] number of micro-batches
     cross_entropy: Tensor  # [] sum over micro-batches of their mean, nats per token
-    aux_loss: Tensor  # [] likewise, summed over layers, unweighted
-    router_z_loss: Tensor  # [] likewise
-    chosen: Tensor | None = None  # [L, E] slots that chose the expert
-    kept: Tensor | None = None  # [L, E] of those, slots within its capacity
+    aux_loss: Tensor  # [] the same, summed over layers, unweighted
+    router_z_loss: Tensor  # [] the same, summed over layers, unweighted
+    tokens_per_expert: Tensor | None = None  # [L, E] tokens routed to each expert
+    kept_per_expert: Tensor | None = None  # [L, E] those within its capacity
 
     # Step 1
     prob: Tensor | None = None  # [L, E] biased routing probability
     logit_var: Tensor | None = None  # [L] variance of h W_g^T over the experts of a token, divisor E - 1
-    js: Tensor | None = None  # [L] JS divergence of clean and used routing, nats
-    overlap: Tensor | None = None  # [L] probability mass moved by the used bias
+    js: Tensor | None = None  # [L] JS divergence of clean and applied routing, nats
+    overlap: Tensor | None = None  # [L] probability mass moved by the applied bias
     flip: Tensor | None = None  # [L] first expert changed
     flip_set: Tensor | None = None  # [L] share of the top-K set changed
     disagreement: Tensor | None = None  # [L] the bridge's signal at full strength
@@ -42,7 +43,7 @@ class MoETrace:
     output: Tensor | None = None  # [L, E, D] expert outputs
     gated_output: Tensor | None = None  # [L, E, D] gate times expert output; summed over E, the mixture
 
-    of_all_ranks: bool = False  # summed over ranks already
+    is_reduced: bool = False  # already summed over ranks
 
     def present(self) -> dict[str, Tensor]:
         """The tensors that are not None, by name."""
@@ -53,15 +54,15 @@ class MoETrace:
         return MoETrace(**{name: value + theirs[name] for name, value in mine.items()})
 
     def summed_over_ranks(self) -> MoETrace:
-        """The trace of all ranks' tokens; itself where it is that already, or where there is one process.
+        """Sum over ranks. Returns self if already reduced, or without torch.distributed.
 
-        By one all-reduce, and another one for what only logs read.
+        Takes one all-reduce, and a second one for fields that are only logged.
         """
-        if self.of_all_ranks or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if self.is_reduced or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return self
         present = self.present()
         summed = {}
-        # What only logs read goes by itself: a sum's bits depend on its place in the tensor that is reduced.
+        # Logged fields are reduced separately: the rounding of a sum depends on its offset in the reduced tensor.
         for names in (present.keys() - LOGGED, present.keys() & LOGGED):
             values = {name: value for name, value in present.items() if name in names}
             if values:
@@ -69,4 +70,4 @@ class MoETrace:
                 torch.distributed.all_reduce(flat)
                 pieces = flat.split([value.numel() for value in values.values()])
                 summed |= {name: piece.view_as(values[name]) for name, piece in zip(values, pieces)}
-        return MoETrace(**summed, of_all_ranks=True)
+        return MoETrace(**summed, is_reduced=True)

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from chronomoe import ChronoConfig, ChronoRouter, Routing
+from chronomoe import ChronoRouter, Routing
 from comparison.runs import Run, differing
-from model import GPT, GPTConfig
+from model import GPT
 from trainer import checkpoint
 from trainer.data import EVAL_SEED, TokenData, open_dataset
 from trainer.errors import UserError
-from trainer.settings import PREFIX
+from trainer.weights import build_model
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,7 @@ def load_model(run: Run) -> tuple[GPT, TokenData]:
     other = [key for key in differ if config[key] != run.config.get(key)]
     if other:
         raise UserError(f"{path} is of another run: its {other[0]} is {config[other[0]]!r}")
-    steps = {name.removeprefix(PREFIX): value for name, value in config.items() if name.startswith(PREFIX)}
-    model = GPT(GPTConfig(**saved["model_args"], chrono=ChronoConfig(**steps)))
-    model.load_state_dict(saved["model"])
+    model = build_model(saved, str(path))
     data = open_dataset(config["dataset"], config["block_size"])
     data.vocab_size = model.config.vocab_size
     found = {name: look["sha256"] for name, look in data.fingerprint(saved.get("data")).items()}

@@ -31,7 +31,7 @@ from comparison.analysis import (
 from comparison.probe import Probe, probe
 from comparison.runs import Arms, Run, effective
 from trainer.errors import UserError
-from trainer.files import parse_json, read_text, whole_file
+from trainer.files import atomic_write, parse_json, read_text
 
 COLUMNS = ["outcome", "contrast", "pairs", "mean difference", "95% interval", "p", "verdict", POWER_COLUMN]
 NOTE = (
@@ -167,7 +167,7 @@ def write(out: Path, comparison: Comparison) -> dict[str, Path]:
             ("report.md", as_markdown(comparison, [(title, caption, name) for title, caption, name, _ in drawn])),
             ("comparison.json", json.dumps(as_numbers(comparison), indent=1) + "\n"),
         ):
-            with whole_file(out / name) as f:
+            with atomic_write(out / name) as f:
                 f.write(content.encode())
         return {title: out / name for title, _, name, _ in drawn}
     except OSError as e:

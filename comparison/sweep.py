@@ -19,16 +19,16 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from comparison.runs import Run, Unusable, differing, load_run, value_of
-from train import pick_device, pick_precision
 from trainer import checkpoint, resume
 from trainer import settings as setting
 from trainer.arms import ARMS
 from trainer.data import open_dataset
+from trainer.device import resolve_dtype, select_device
 from trainer.errors import UserError
 from trainer.files import parse_json, read_text
+from trainer.interrupt import PARENT, Interrupt
 from trainer.lock import LOCK
 from trainer.settings import COMPARED
-from trainer.signals import PARENT
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 LOG = "train.log"
@@ -129,10 +129,10 @@ def plan(arguments: list[str], out: Path, arms: list[str], seeds: int) -> list[J
 
 def resolved(arguments: list[str], source: str) -> dict[str, Any]:
     """Every setting that train.py takes these arguments to mean, here, and the digest of the weights to start from."""
-    start = resume.begin(setting.given(arguments) | {"init_from": source})
+    start = resume.resolve_start(setting.given(arguments) | {"init_from": source})
     s = start.settings
-    s.device = str(pick_device(s.device))
-    pick_precision(s, pick_device(s.device))
+    device = select_device(s.device)
+    s.device, s.dtype = str(device), resolve_dtype(s.dtype, device)
     return s.flat() | {"weights_sha256": start.weights_sha256, "vocab_size": start.vocab_size}
 
 
@@ -189,11 +189,11 @@ def check_same(job: Job, config: Mapping[str, Any], wanted: Mapping[str, Any]) -
             )
 
 
-def train_all(jobs: list[Job], parallel: int, stop: list[int]) -> list[Job]:
+def train_all(jobs: list[Job], parallel: int, interrupt: Interrupt) -> list[Job]:
     """Run what is not finished, `parallel` at a time with equal threads. Returns the jobs that failed.
 
-    stop: holds the number of a signal once one has come. Then the runs under way are stopped; each saves a checkpoint,
-    and the same command goes on from there. They do the same by themselves if this process is killed.
+    After a signal the running processes are stopped; each saves a checkpoint, and the same command continues from
+    there. They do the same by themselves if this process is killed.
     """
     threads = max(1, (os.cpu_count() or 1) // parallel)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), PARENT: str(os.getpid())}
@@ -202,7 +202,7 @@ def train_all(jobs: list[Job], parallel: int, stop: list[int]) -> list[Job]:
     failed: list[Job] = []
     total = sum(job.steps for job in jobs)
     with tqdm(total=total, initial=sum(job.done for job in jobs), unit="step", smoothing=0.05) as bar:
-        while (waiting or running) and not stop:
+        while (waiting or running) and not interrupt.received:
             for job in list(waiting):
                 if len(running) < parallel and not job.locked:
                     waiting.remove(job)
@@ -211,7 +211,7 @@ def train_all(jobs: list[Job], parallel: int, stop: list[int]) -> list[Job]:
             time.sleep(0.5)
             for process in [p for p in running if p.poll() is not None]:
                 job = running.pop(process)
-                if (process.returncode != 0 or not job.finished) and not stop:
+                if (process.returncode != 0 or not job.finished) and not interrupt.received:
                     failed.append(job)
                     bar.write(f"failed: {job.out_dir}: {job.failure(process.returncode)}")
             under_way = ", ".join(f"{job.arm} {job.seed}" for job in running.values())
@@ -219,7 +219,7 @@ def train_all(jobs: list[Job], parallel: int, stop: list[int]) -> list[Job]:
                 under_way = f"waiting for the process that writes {waiting[0].out_dir}"
             bar.set_postfix_str(under_way)
             bar.update(sum(job.done for job in jobs) - bar.n)
-        if stop:
+        if interrupt.received:
             for process in running:
                 process.terminate()
             for process in running:

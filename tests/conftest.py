@@ -1,13 +1,9 @@
 import signal
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import child
+from tests.helpers import child
 
 # Tests send signals, and what a shell has set to be ignored (by nohup, or &) their children would ignore too.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -4,18 +4,16 @@ import json
 
 import pytest
 import torch
-from common import chrono, train_step
-from test_run_files import differing_state, metrics
 from torch.profiler import ProfilerActivity, profile
 
 import train
 from chronomoe import ChronoLoop
-from model import GPT, GPTConfig, MLPExperts
+from model import GPT, GPTConfig
+from ops.experts import MLPExperts
+from tests.helpers.models import chrono, train_step
+from tests.helpers.runs import differing_state, metrics
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
-
-
-LEAN = {"return_trace": "state", "return_logits": False}  # what train.py asks for where it does not log
 
 
 def slice_model(n_layer=4, **changes):
@@ -32,12 +30,12 @@ def batches(steps, seed=0):
     return [(x[:, :-1].contiguous(), x[:, 1:].contiguous()) for x in ids]
 
 
-def step(model, loop, optimizer, x, y, compiled=None, **asked):
-    def forward(*args, **kwargs):
-        with torch.autocast("cuda", dtype=torch.bfloat16):
-            return (compiled or model)(*args, **kwargs | asked)
+def bfloat16():
+    return torch.autocast("cuda", dtype=torch.bfloat16)
 
-    return train_step(model, loop, optimizer, [(x, y)], forward)
+
+def step(model, loop, optimizer, x, y, compiled=None, logged=True):
+    return train_step(model, loop, optimizer, [(x, y)], compiled, logged=logged, autocast=bfloat16)
 
 
 def run(steps=20):
@@ -47,17 +45,17 @@ def run(steps=20):
     return torch.stack(losses), {**model.state_dict(), **loop.state_dict()["coherence"]}
 
 
-@pytest.mark.parametrize("asked", [{}, LEAN])
-def test_a_step_does_not_wait_for_the_device(asked):
+@pytest.mark.parametrize("logged", [True, False])
+def test_a_step_does_not_wait_for_the_device(logged):
     model, loop = slice_model()
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cuda")
     data = batches(6)
     for x, y in data[:3]:
-        step(model, loop, optimizer, x, y, **asked)
+        step(model, loop, optimizer, x, y, logged=logged)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for x, y in data[3:]:
-            step(model, loop, optimizer, x, y, **asked)
+            step(model, loop, optimizer, x, y, logged=logged)
         with pytest.raises(RuntimeError):
             loop.coherence.phi("slow").sum().item()
     finally:
@@ -81,7 +79,7 @@ def test_compiled_without_graph_breaks_it_trains_as_eager_does_within_bfloat16()
             forward = torch.compile(model, fullgraph=True)
             loop.compile()
         optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cuda")
-        losses = [step(model, loop, optimizer, x, y, forward, return_logits=False) for x, y in batches(20)]
+        losses = [step(model, loop, optimizer, x, y, forward) for x, y in batches(20)]
         runs.append((torch.stack(losses), loop.coherence.phi("slow")))
     torch.testing.assert_close(*(losses for losses, _ in runs), rtol=0.01, atol=0)
     torch.testing.assert_close(*(phi for _, phi in runs), rtol=0, atol=0.02)
@@ -95,7 +93,7 @@ def test_the_loop_is_as_many_kernels_for_any_number_of_layers():
             if compiled:
                 loop.compile()
             x, y = batches(1)[0]
-            _, _, trace = model(x, y, **LEAN)
+            _, _, trace = model(x, y, return_trace=True, logged=False)
             for _ in range(3):
                 loop.step(trace)
             torch.cuda.synchronize()
@@ -112,7 +110,7 @@ def test_memory_does_not_grow():
     x, y = batches(1)[0]
     held = []
     for count in range(1000):
-        step(model, loop, optimizer, x, y, **LEAN)
+        step(model, loop, optimizer, x, y, logged=False)
         if count % 100 == 99:
             held.append(torch.cuda.memory_allocated())
     assert len(set(held)) == 1
@@ -138,9 +136,9 @@ def test_bfloat16_takes_the_grouped_path_by_itself():
     model, _ = slice_model()
     experts = model.transformer.h[0].mlp.experts
     rows = torch.randn(8, 128, device="cuda")
-    assert not experts._grouped(rows)
+    assert not experts._uses_grouped_mm(rows)
     with torch.autocast("cuda", dtype=torch.bfloat16):
-        assert experts._grouped(rows)
+        assert experts._uses_grouped_mm(rows)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -57,9 +57,9 @@ def test_layer_matches_nanomoe(name, mode):
 
     capacity = layer.capacity(x.shape[0] * x.shape[1])
     assert capacity == recorded[f"{mode}_capacity"]
-    kept = trace.routing.chosen if trace.kept is None else trace.kept
+    kept = trace.routing.tokens_per_expert if trace.kept is None else trace.kept
     assert kept.long().tolist() == recorded[f"{mode}_used_capacity"].tolist()
-    dropped = trace.routing.chosen.sum() - kept.sum()
+    dropped = trace.routing.tokens_per_expert.sum() - kept.sum()
     assert dropped == recorded[f"{mode}_tokens_dropped"]
 
 

@@ -4,13 +4,13 @@ from functools import partial
 
 import pytest
 import torch
-from common import adamw, build, chrono, draw_beta, loop_state, tokens, train_step
 from torch.utils.checkpoint import checkpoint
 
 import model as model_module
 from chronomoe import ChronoConfig, RouterBias
-from cross_entropy import linear_cross_entropy
 from model import MOELayer
+from ops.cross_entropy import linear_cross_entropy
+from tests.helpers.models import adamw, build, chrono, draw_beta, loop_state, tokens, train_step
 
 
 def state_of(model, loop):

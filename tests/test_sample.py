@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
-from common import build
 
 import sample
 import train
 from chronomoe.options import options_of
 from model import GPT, GPTConfig
-from trainer.errors import UserError, run
+from tests.helpers.models import build
+from trainer.errors import UserError, run_script
 from trainer.tokenizer import END_OF_TEXT, UNKNOWN, TiktokenCodec, byte_encoding, codec_for, encoding_for
 
 ROOT = Path(__file__).parent.parent
@@ -270,7 +270,7 @@ def test_ctrl_c_ends_with_130_and_no_traceback(byte_run, capsys, monkeypatch):
     monkeypatch.setattr(sample, "stream", interrupted)
     monkeypatch.setattr(sys, "argv", ["sample.py", f"--out_dir={byte_run}"])
     with pytest.raises(SystemExit) as end:
-        run(sample.main)
+        run_script(sample.main)
     captured = capsys.readouterr()
     assert end.value.code == 130
     assert captured.out.startswith("a") and "Traceback" not in captured.err
@@ -355,7 +355,7 @@ def test_errors_are_one_line_that_says_what_would_be_right(byte_run, tmp_path):
 def test_a_mistake_exits_with_2(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["sample.py", "--out_dir=nowhere"])
     with pytest.raises(SystemExit) as end:
-        run(sample.main)
+        run_script(sample.main)
     assert end.value.code == 2
     assert capsys.readouterr().err == "error: there is no checkpoint in nowhere\n"
 

@@ -31,8 +31,8 @@ import tiktoken
 from tqdm import tqdm
 
 from trainer.errors import UserError
-from trainer.files import INCOMPLETE, parse_json, read_text, remove_leftovers, whole_file, whole_files
-from trainer.lock import held
+from trainer.files import INCOMPLETE, atomic_write, atomic_writes, parse_json, read_text, remove_partial_files
+from trainer.lock import folder_lock
 
 SPLITS = ("train", "val")
 VAL_SHARE = 10  # one document in this many
@@ -113,14 +113,14 @@ def replace_dataset(
 
     Raises UserError if `out` cannot be written, or without `unless` if another process prepares it.
     """
-    with held(out, wait=LONGEST_WAIT if unless else 0, option="--out"):
+    with folder_lock(out, wait=LONGEST_WAIT if unless else 0, option="--out"):
         if unless and unless():
             return
         try:
             paths = [out / f"{split}.bin" for split in SPLITS]
             for path in (*paths, out / "meta.json"):
-                remove_leftovers(path)
-            with whole_files(paths, before=lambda: _write_meta(out, {INCOMPLETE: "being written"})) as files:
+                remove_partial_files(path)
+            with atomic_writes(paths, before=lambda: _write_meta(out, {INCOMPLETE: "being written"})) as files:
                 meta = write(dict(zip(SPLITS, files)))
             _write_meta(out, meta)
         except OSError as e:
@@ -130,7 +130,7 @@ def replace_dataset(
 
 
 def _write_meta(out: Path, meta: dict[str, Any]) -> None:
-    with whole_file(out / "meta.json") as f:
+    with atomic_write(out / "meta.json") as f:
         f.write(json.dumps(meta, indent=2).encode() + b"\n")
 
 
@@ -349,7 +349,7 @@ def _part(path: Path, start: int, end: int) -> Iterator[str]:
         at += len(text)
 
 
-def look_of(files: Iterable[tuple[str, Path]]) -> tuple[str, int]:
+def stat_fingerprint(files: Iterable[tuple[str, Path]]) -> tuple[str, int]:
     """What tells these files from others, by their names, sizes and times of change; and their bytes in all."""
     sha256, total = hashlib.sha256(), 0
     for name, path in files:

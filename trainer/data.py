@@ -1,7 +1,7 @@
-"""Token files and the batches cut from them.
+"""Token files and batches.
 
-A batch is a function of (seed, split, step, micro-batch index): no generator holds state, so a run can be resumed or
-spread over ranks without remembering where its data stood.
+A batch is a function of (seed, split, step, micro-batch index). There is no state, so a run can be resumed, and spread
+over any number of ranks, without saving a position in the data.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import os
 import pickle
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from trainer.distributed import World
 from trainer.errors import UserError, first_line
 from trainer.files import INCOMPLETE, parse_json, read_text
 
@@ -26,13 +28,15 @@ DATA = Path(__file__).parent.parent / "data"
 SPLITS = ("train", "val")
 EVAL_SEED = 0  # of the validation batches, the same for every run of a dataset
 CHUNK = 1 << 24  # tokens read at a time
-GPT2_VOCAB_SIZE = 50304  # 50257, padded to a multiple of 64: what nanoMoE takes where a dataset has no meta file
+GPT2_VOCAB_SIZE = 50304  # of datasets without a meta file, as in nanoMoE: 50257, padded to a multiple of 64
+
+Batch = tuple[Tensor, Tensor]  # inputs and targets, [batch_size, block_size] int64 each
 
 
 class TokenData:
-    """train.bin and val.bin (uint16) of a dataset, with what its meta file says.
+    """train.bin and val.bin (uint16) of a dataset, and its meta file.
 
-    Raises UserError if a file is missing, unreadable or shorter than a batch needs.
+    Raises UserError if a file is missing, unreadable or too short.
     """
 
     def __init__(self, folder: Path, block_size: int):
@@ -42,14 +46,14 @@ class TokenData:
         self.vocab_size: int = self.meta.get("vocab_size", GPT2_VOCAB_SIZE)
         self.stats: dict[str, os.stat_result] = {}
         self.tokens = {split: self._open(split) for split in SPLITS}
-        if read_meta(folder) != self.meta:  # meta.json changes before the token files do
-            raise UserError(f"{folder} was prepared again while it was opened; start again")
+        if read_meta(folder) != self.meta:  # meta.json is replaced before the token files
+            raise UserError(f"{folder} was prepared again while it was being opened; start again")
 
     def _open(self, split: str) -> np.ndarray:
         path = self.folder / f"{split}.bin"
         try:
             with path.open("rb") as f:
-                self.stats[split] = stat = os.fstat(f.fileno())  # of this file, whatever replaces it later
+                self.stats[split] = stat = os.fstat(f.fileno())  # of the open file, even if it is replaced later
                 size = stat.st_size
                 tokens = np.memmap(f, dtype=np.uint16, mode="r") if size > 1 and size % 2 == 0 else None
         except OSError as e:
@@ -57,17 +61,17 @@ class TokenData:
             hint = f"run {prepare} first" if prepare.exists() else "a dataset is train.bin and val.bin"
             raise UserError(f"cannot read {path}: {e.strerror}; {hint}") from None
         if tokens is None:
-            raise UserError(f"{path} holds {size} bytes, which is no file of 16-bit token ids; prepare it again")
+            raise UserError(f"{path} holds {size} bytes, which is not a file of 16-bit token ids; prepare it again")
         if len(tokens) <= self.block_size:
             raise UserError(f"{path} holds {len(tokens)} tokens, too few for block_size={self.block_size}")
         return tokens
 
     def fingerprint(self, known: dict[str, dict[str, Any]] | None = None) -> dict[str, dict[str, Any]]:
-        """What tells these files from others: for each its sha256, size in bytes and time of change.
+        """For each file: SHA-256, size in bytes and modification time.
 
-        Reads every token once and checks that it is in the vocabulary, and the files against meta.json where that has
-        their sha256. known: an earlier fingerprint; a file of the same size and time is not read again.
-        Raises UserError for a token beyond the vocabulary, or a file that meta.json does not describe.
+        Reads every token once and checks it against the vocabulary, and the files against the SHA-256 in meta.json, if
+        there is one. known: earlier fingerprints; a file of the same size and modification time is not read again.
+        Raises UserError for a token outside the vocabulary, or a file that meta.json does not describe.
         """
         found = {}
         for split in SPLITS:
@@ -86,9 +90,9 @@ class TokenData:
         return found
 
     def _read_through(self, path: Path, tokens: np.ndarray) -> str:
-        """The file's sha256, with every token checked."""
+        """Check every token. Returns the file's SHA-256."""
         sha256 = hashlib.sha256()
-        # shown only where it takes a while
+        # shown only for large files
         with tqdm(total=tokens.nbytes, desc=f"checking {path}", unit="B", unit_scale=True, delay=2, leave=False) as bar:
             for start in range(0, len(tokens), CHUNK):
                 chunk = tokens[start : start + CHUNK]
@@ -101,48 +105,71 @@ class TokenData:
         if largest >= self.vocab_size:
             raise UserError(f"{path} holds the token id {largest}, beyond the vocabulary of {self.vocab_size}")
 
-    def batch(self, split: str, seed: int, step: int, micro: int, batch_size: int) -> tuple[Tensor, Tensor]:
+    def batch(self, split: str, seed: int, step: int, micro: int, batch_size: int) -> Batch:
         """Inputs and targets, [batch_size, block_size] int64 each, on the CPU.
 
         micro is the micro-batch's index within the step, over all ranks.
         """
         tokens = self.tokens[split]
         entropy = np.random.SeedSequence([seed, SPLITS.index(split), step, micro])
-        # raw words of a counter-based generator: unlike Generator's methods, fixed across numpy's versions
+        # raw output of a counter-based generator: unlike Generator's methods, it is the same in all versions of numpy
         starts = np.random.Philox(entropy).random_raw(batch_size) % np.uint64(len(tokens) - self.block_size)
         rows = tokens[starts.astype(np.int64)[:, None] + np.arange(self.block_size + 1)].astype(np.int64)
         self._check_vocabulary(self.folder / f"{split}.bin", rows.max())
-        rows = torch.from_numpy(rows)
-        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        ids = torch.from_numpy(rows)
+        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
-class Prefetcher:
-    """Batches, the next one prepared in a thread while a GPU works on this one.
+class BatchLoader:
+    """The batches of a run, on the device. On a GPU a thread prepares the next batch during a step.
 
-    A batch depends on its place only, so nothing is lost where another one than the announced is asked for. On a CPU
-    the thread would take time from training: there batches are made when they are asked for.
+    A step's micro-batches are dealt to the ranks in turn, so its batch does not depend on their number. On a CPU there
+    is no thread: it would compete with training.
+
+    Args:
+        data: the token files.
+        seed: of the run.
+        batch_size: sequences per micro-batch.
+        micro_batches: per step, over all ranks.
+        device: where the batches go.
+        world: the ranks.
     """
 
-    def __init__(self, data: TokenData, batch_size: int, device: torch.device):
-        self.data, self.batch_size, self.device = data, batch_size, device
-        self.pool = ThreadPoolExecutor(1, "batches") if device.type == "cuda" else None
-        self.announced: tuple[tuple, Future | None] = ((), None)
+    def __init__(
+        self, data: TokenData, seed: int, batch_size: int, micro_batches: int, device: torch.device, world: World
+    ):
+        self.data, self.seed, self.batch_size, self.device = data, seed, batch_size, device
+        self.indices = range(world.rank, micro_batches, world.world_size)  # of this rank's micro-batches
+        self._pool = ThreadPoolExecutor(1, "batches") if device.type == "cuda" else None
+        self._next: tuple[tuple[int, int], Future[Batch]] | None = None
 
-    def batch(self, *place, following: tuple | None = None) -> tuple[Tensor, Tensor]:
-        """The batch at `place` (split, seed, step, micro-batch) on the device; `following` is the place of the next."""
-        key, future = self.announced
-        x, y = future.result() if future is not None and key == place else self._make(*place)
-        if self.pool is not None and following is not None:
-            self.announced = following, self.pool.submit(self._make, *following)
-        return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+    def training(self, step: int) -> Iterator[Batch]:
+        """This rank's micro-batches of a step, counted from 0."""
+        for index in self.indices:
+            following = (step, index + self.indices.step) if index != self.indices[-1] else (step + 1, self.indices[0])
+            if self._next is not None and self._next[0] == (step, index):
+                batch = self._next[1].result()
+            else:
+                batch = self._load("train", self.seed, step, index)
+            if self._pool is not None:
+                self._next = following, self._pool.submit(self._load, "train", self.seed, *following)
+            yield self._to_device(batch)
 
-    def _make(self, *place) -> tuple[Tensor, Tensor]:
-        x, y = self.data.batch(*place, self.batch_size)
+    def validation(self, index: int) -> Batch:
+        """A validation batch. They are the same for every run of a dataset."""
+        return self._to_device(self._load("val", EVAL_SEED, 0, index))
+
+    def _load(self, split: str, seed: int, step: int, index: int) -> Batch:
+        x, y = self.data.batch(split, seed, step, index, self.batch_size)
         return (x.pin_memory(), y.pin_memory()) if self.device.type == "cuda" else (x, y)
+
+    def _to_device(self, batch: Batch) -> Batch:
+        x, y = batch
+        return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
 
 
 def open_dataset(name: str, block_size: int) -> TokenData:
-    """The dataset `name` under data/ (or a path); 'stdlib' is prepared first if it is not there or not whole."""
+    """Open the dataset `name` under data/, or a path. 'stdlib' is prepared first if it is missing or incomplete."""
     folder = DATA / name
     if name == "stdlib" and not is_prepared(folder):
         load_prepare(folder / "prepare.py").prepare(folder, unless=lambda: is_prepared(folder))
@@ -155,17 +182,17 @@ def open_dataset(name: str, block_size: int) -> TokenData:
 
 
 def is_prepared(folder: Path) -> bool:
-    """Whether a meta.json is there that does not say that the dataset is incomplete."""
+    """Whether there is a meta.json that does not mark the dataset as incomplete."""
     try:
         return INCOMPLETE not in parse_json(read_text(folder / "meta.json"))
     except FileNotFoundError:
         return False
-    except (OSError, ValueError, TypeError):  # read_meta says what is wrong with it
+    except (OSError, ValueError, TypeError):  # read_meta reports what is wrong
         return True
 
 
 def load_prepare(path: Path) -> Any:
-    """A dataset's prepare.py as a module."""
+    """Import a dataset's prepare.py."""
     spec = importlib.util.spec_from_file_location(f"prepare_{path.parent.name}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -173,7 +200,7 @@ def load_prepare(path: Path) -> Any:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """What meta.json says, or nanoGPT's meta.pkl, or nothing. Raises UserError if it is no such file."""
+    """Read meta.json, or else nanoGPT's meta.pkl; empty without either. Raises UserError if it is damaged."""
     path = folder / "meta.json"
     try:
         if path.exists():
@@ -183,11 +210,11 @@ def read_meta(folder: Path) -> dict[str, Any]:
                 meta = _PlainUnpickler(f).load()
         else:
             return {}
-    except Exception as e:  # a damaged pickle raises nearly anything
+    except Exception as e:  # damaged pickles raise many kinds of exceptions
         raise UserError(f"{path} cannot be read ({first_line(e)}); prepare the dataset again") from None
     if isinstance(meta, dict) and INCOMPLETE in meta:
         raise UserError(
-            f"{path}: the dataset's preparation was interrupted; prepare it again, or wait if it is under way"
+            f"{path}: the dataset's preparation was interrupted; prepare it again, or wait if it is in progress"
         )
     if isinstance(meta, dict) and meta.get("dtype", "uint16") != "uint16":
         raise UserError(f"{path} says that token ids are {meta['dtype']}; only uint16 is read")
@@ -198,7 +225,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Admits dicts, lists, strings and numbers. A pickle that names a class or function is refused and runs nothing."""
+    """Unpickles dicts, lists, strings and numbers. A pickle that names a class or function is refused."""
 
     def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it names {module}.{name}, and only plain containers are admitted")
+        raise pickle.UnpicklingError(f"it names {module}.{name}, and only plain containers are allowed")

@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from trainer.errors import UserError
-from trainer.files import remove_leftovers, whole_file
+from trainer.files import atomic_write, remove_partial_files
 
 CHUNK = 1 << 20  # bytes
 SILENCE = 60  # seconds without a byte after which a download has failed
@@ -22,9 +22,9 @@ def fetch(url: str, path: Path, size: str) -> Path:
     """
     if path.exists():
         return path
-    remove_leftovers(path)
+    remove_partial_files(path)
     try:
-        with urllib.request.urlopen(url, timeout=SILENCE) as response, whole_file(path) as f:
+        with urllib.request.urlopen(url, timeout=SILENCE) as response, atomic_write(path) as f:
             length = response.length
             with tqdm(total=length, desc=f"downloading {path.name}", unit="B", unit_scale=True, mininterval=1) as bar:
                 while chunk := response.read(CHUNK):

@@ -1,4 +1,4 @@
-"""What the numbers of a run depend on besides its settings, as config.json records it."""
+"""The environment of a run, as config.json records it: what affects its results besides its settings."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parent.parent
-UNKNOWN = "unknown"  # of weights that a run of an older version started from
-CODE = ("train.py", "model.py", "cross_entropy.py", "chronomoe/*.py", "trainer/*.py")  # what a training run executes
+UNKNOWN = "unknown"  # initial weights of runs of an older version
+CODE = ("train.py", "model.py", "ops/*.py", "chronomoe/*.py", "trainer/*.py")  # files that a training run executes
 
 
-# Keys of config.json beside the settings, with their roles: those of trainer/settings.py, and 'pair', in which the runs
-# of a pair must agree, and 'record', which says what happened and is not compared.
+# Keys of config.json besides the settings, with their roles: those in trainer/settings.py, 'pair' (the two runs of a
+# pair must agree) and 'record' (not compared).
 ENVIRONMENT = {
-    "data_sha256": "computed",  # of the token files, by name
+    "data_sha256": "computed",  # of the token files, by file name
     "vocab_size": "model",
-    "weights_sha256": "computed",  # of the weights that the run started from; None: from scratch
+    "weights_sha256": "computed",  # of the initial weights; None: from scratch
     "matmul_precision": "pair",  # torch.get_float32_matmul_precision()
     "code_sha256": "pair",  # of the files that a training run executes
     "ranks": "machine",
@@ -30,14 +30,14 @@ ENVIRONMENT = {
     "torch": "machine",
     "platform": "machine",
     "git_commit": "machine",
-    "weights_from": "record",  # what init_from named
-    "incomplete": "record",  # what is missing from the logs, in words
-    "history": "record",  # the starts of the program that made the run
+    "weights_from": "record",  # init_from of the first start
+    "incomplete": "record",  # what is missing from the logs
+    "history": "record",  # starts of the program
 }
 
 
-def surroundings() -> dict[str, Any]:
-    """Versions, threads and code of this process, by their names in config.json."""
+def describe_environment() -> dict[str, Any]:
+    """Versions, threads and code of this process, by the keys of config.json."""
     return {
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

@@ -1,4 +1,4 @@
-"""Mistakes that a user can make: one line, exit status 2, no traceback."""
+"""Errors that a user can cause: one line, exit status 2, no traceback."""
 
 import contextlib
 import os
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 class UserError(Exception):
-    """The message says what was wrong, where, and what would be right, in one line."""
+    """An error that the user can cause. The message says in one line what is wrong, where, and what would be right."""
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.splitlines()))
@@ -18,30 +18,30 @@ def first_line(e: BaseException) -> str:
     return (str(e).splitlines() or [""])[0]
 
 
-_goodbyes = [True]
+_exit_handlers_run = [True]
 
 
-def leave_without_goodbyes() -> None:
-    """Let `run` end the process without what libraries do at its exit, where one of them would hang or complain."""
-    _goodbyes[0] = False
+def skip_exit_handlers() -> None:
+    """Make `run_script` end the process without the exit handlers of libraries, which may hang or print."""
+    _exit_handlers_run[0] = False
 
 
-def run(main: Callable[[list[str]], int | None]) -> None:
+def run_script(main: Callable[[list[str]], int | None]) -> None:
     """Call a script's main with the command line's arguments and exit with its status, 2 for a UserError."""
-    _goodbyes[0] = True
+    _exit_handlers_run[0] = True
     try:
         status = main(sys.argv[1:])
     except UserError as e:
         with contextlib.suppress(OSError):
-            sys.stderr.write(f"error: {e}\n")  # in one piece, for ranks share the screen
+            sys.stderr.write(f"error: {e}\n")  # one write: ranks share the terminal
         status = 2
     except KeyboardInterrupt:
         status = 130
     try:
         sys.stdout.flush()
         sys.stderr.flush()
-    except OSError:  # nobody reads it any more
+    except OSError:  # the reader has closed the pipe
         sys.stdout = open(os.devnull, "w")
-    if not _goodbyes[0]:
+    if not _exit_handlers_run[0]:
         os._exit(status or 0)
     raise SystemExit(status or 0)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and files that only grow."""
+"""Atomic writes, and append-only files of JSON lines."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-PARTIAL = ".tmp"  # how the name of a file ends that is being written
-INCOMPLETE = "incomplete"  # key of the meta.json of a dataset whose files are being replaced
-LARGEST_TEXT = 64 << 20  # bytes; no settings or metadata are longer
+PARTIAL = ".tmp"  # suffix of a file that is being written
+INCOMPLETE = "incomplete"  # key in the meta.json of a dataset whose files are being replaced
+MAX_TEXT = 64 << 20  # bytes; larger settings or metadata are rejected
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file, open for writing, that replaces `path` when the block ends without an exception."""
-    with whole_files([path]) as (f,):
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing. It replaces `path` when the block ends without an exception."""
+    with atomic_writes([path]) as (f,):
         yield f
 
 
 @contextlib.contextmanager
-def whole_files(paths: list[Path], before: Callable[[], None] = lambda: None) -> Iterator[list[BinaryIO]]:
-    """Files, open for writing, that replace `paths` one after the other when the block ends without an exception.
+def atomic_writes(paths: list[Path], before: Callable[[], None] = lambda: None) -> Iterator[list[BinaryIO]]:
+    """Open files for writing. They replace `paths`, in order, when the block ends without an exception.
 
-    before: called when all of them are on the disk, and none has replaced its path yet.
+    before: called when all files are on the disk, before the first one replaces its path.
     """
     partials = [path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}") for path in paths]
     try:
@@ -49,19 +49,19 @@ def whole_files(paths: list[Path], before: Callable[[], None] = lambda: None) ->
             partial.unlink(missing_ok=True)
 
 
-def remove_leftovers(path: Path) -> None:
-    """What a process that was killed while writing path left beside it. No other may be writing it now."""
+def remove_partial_files(path: Path) -> None:
+    """Delete temporary files of a killed process beside `path`. No other process may be writing it."""
     for partial in path.parent.glob(f"{path.name}.*{PARTIAL}"):
         partial.unlink(missing_ok=True)
 
 
-def twin(path: Path, name: Path) -> None:
-    """Let `name` be the file at `path` too, taking the place of what was there: a hard link, or a copy."""
+def link_or_copy(path: Path, name: Path) -> None:
+    """Replace `name` by a hard link to the file at `path`, or by a copy where links are not supported."""
     partial = name.with_name(f"{name.name}.{os.getpid()}{PARTIAL}")
     try:
         try:
             os.link(path, partial)
-        except OSError:  # a file system without hard links
+        except OSError:  # the file system has no hard links
             shutil.copyfile(path, partial)
         os.replace(partial, name)
     finally:
@@ -69,16 +69,16 @@ def twin(path: Path, name: Path) -> None:
 
 
 def read_text(path: Path) -> str:
-    """The UTF-8 text of a small file. Raises OSError, or ValueError if it is no text or too long to be one."""
+    """Read the UTF-8 text of a small file. Raises OSError, or ValueError if it is too long or not UTF-8."""
     with path.open("rb") as f:
-        content = f.read(LARGEST_TEXT + 1)
-    if len(content) > LARGEST_TEXT:
-        raise ValueError(f"it is longer than {LARGEST_TEXT >> 20} MiB")
+        content = f.read(MAX_TEXT + 1)
+    if len(content) > MAX_TEXT:
+        raise ValueError(f"it is longer than {MAX_TEXT >> 20} MiB")
     return content.decode("utf-8")
 
 
 def parse_json(text: str | bytes) -> Any:
-    """json.loads, but everything that bad input makes it raise is a ValueError."""
+    """json.loads that raises only ValueError for bad input."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -86,19 +86,19 @@ def parse_json(text: str | bytes) -> Any:
 
 
 class JsonLines:
-    """A file of one JSON object per line that is only ever added to.
+    """An append-only file with one JSON object per line.
 
-    A line is on its way to the disk when `write` returns, so killing the process loses none; `sync` waits until the
-    disk has it. Where the disk is full, lines wait in memory and are written in their order once there is room.
+    When `write` returns, the operating system has the line, so killing the process does not lose it; `sync` waits for
+    the disk. If the disk is full, lines wait in memory and are written in order once there is space.
 
     Args:
-        keep: number of lines that an existing file had when the run was saved; later lines are removed. None: unknown,
-            and the readable lines of steps up to `upto` are kept.
-        upto: the last step that a line may have.
+        keep: number of lines that the file had when the run was saved; later lines are removed. None: unknown, and the
+            readable lines of steps up to `upto` are kept.
+        upto: last step of a line that is kept.
         sha256: hex digest of the first `keep` lines; None: unknown.
-        one_per_step: no two lines have the same step.
+        one_per_step: whether each step has at most one line.
 
-    If the first `keep` lines are not those that were saved, `damage` says so, and the readable lines in order are kept.
+    If the first `keep` lines are not those that were saved, `damage` describes it, and the readable lines are kept.
     """
 
     def __init__(self, path: Path, keep: int | None, upto: int, sha256: str | None = None, one_per_step: bool = True):
@@ -107,15 +107,15 @@ class JsonLines:
         self.file = path.open("ab", buffering=0)
         self.size = self.file.seek(0, os.SEEK_END)
         self.waiting: list[bytes] = []
-        self.lock = threading.Lock()  # a checkpoint's thread flushes too
+        self.lock = threading.Lock()  # the checkpoint's thread flushes too
 
     @property
     def sha256(self) -> str:
-        """Hex digest of all lines so far, those that wait included."""
+        """Hex digest of all lines so far, including those that wait."""
         return self.hashed.hexdigest()
 
     def write(self, values: dict[str, Any]) -> None:
-        """Add a line. Raises OSError if it has to wait."""
+        """Append a line. Raises OSError if it has to wait in memory."""
         # JSON has no NaN or infinity
         plain = {k: None if isinstance(v, float) and not -1e308 < v < 1e308 else v for k, v in values.items()}
         line = json.dumps(plain).encode() + b"\n"
@@ -125,7 +125,7 @@ class JsonLines:
         self.flush()
 
     def flush(self) -> None:
-        """Write the lines that wait. Raises OSError if it cannot."""
+        """Write the waiting lines. Raises OSError."""
         with self.lock:
             while self.waiting:
                 line = self.waiting[0]
@@ -135,7 +135,7 @@ class JsonLines:
                         written += self.file.write(line[written:])
                 except OSError:
                     with contextlib.suppress(OSError):
-                        self.file.truncate(self.size)  # no half lines
+                        self.file.truncate(self.size)  # remove a partial line
                     raise
                 self.size += len(line)
                 del self.waiting[0]
@@ -150,7 +150,7 @@ class JsonLines:
 def _cut(
     path: Path, keep: int | None, upto: int, sha256: str | None, one_per_step: bool
 ) -> tuple[int, str | None, Any]:
-    """Shorten the file as JsonLines says. Returns (lines left, damage, their hash object)."""
+    """Truncate the file as described in JsonLines. Returns (number of lines, damage, hash object of the lines)."""
     path.touch()
     if keep is not None:
         count, size, hashed = _hash_lines(path, keep)
@@ -165,7 +165,7 @@ def _cut(
                 os.truncate(path, size)
             return count, None, hashed
     count, hashed = 0, hashlib.sha256()
-    with whole_file(path) as new, path.open("rb") as old:
+    with atomic_write(path) as new, path.open("rb") as old:
         for line in itertools.islice(_lines_in_order(old, upto, one_per_step), keep):
             new.write(line)
             count += 1
@@ -173,14 +173,14 @@ def _cut(
     if keep is None:
         return count, None, hashed
     if count < keep:
-        damage = f"{path.name}: {keep - count} of {keep} lines up to step {upto} missing or damaged"
+        damage = f"{path.name}: {keep - count} of {keep} lines up to step {upto} are missing or damaged"
     else:
-        damage = f"{path.name}: lines up to step {upto} changed or repeated, {keep} kept"
+        damage = f"{path.name}: lines up to step {upto} were changed or repeated, {keep} are kept"
     return count, damage, hashed
 
 
 def _hash_lines(path: Path, most: int) -> tuple[int, int, Any]:
-    """(number, bytes, hash object) of the first `most` lines of a file."""
+    """(number, size in bytes, hash object) of the first `most` lines of a file."""
     count = size = 0
     hashed = hashlib.sha256()
     with path.open("rb") as f:
@@ -191,8 +191,8 @@ def _hash_lines(path: Path, most: int) -> tuple[int, int, Any]:
 
 
 def _lines_in_order(lines: Iterable[bytes], upto: int, one_per_step: bool) -> Iterator[bytes]:
-    """The lines that are JSON objects whose `step` is at most `upto` and not before an earlier line's."""
-    last, of_last = -1, set()  # the lines of the last step: one that comes again is a repetition
+    """The lines that are JSON objects with a `step` of at most `upto`, in non-decreasing order of steps."""
+    last, of_last = -1, set()  # lines of the last step, to find repetitions
     for line in lines:
         try:
             step = parse_json(line)["step"] if line.endswith(b"\n") else None
@@ -209,7 +209,7 @@ def _lines_in_order(lines: Iterable[bytes], upto: int, one_per_step: bool) -> It
 
 
 def _sync_folder(folder: Path) -> None:
-    """Let the disk have a renaming too, where the system can be asked for that."""
+    """Write renames in the folder to the disk, where the system supports it."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""How much of a device's peak a step uses: model FLOPs utilization (PaLM, arXiv 2204.02311, appendix B)."""
+"""Model FLOPs utilization: the share of a device's peak that a step uses (PaLM, arXiv 2204.02311, appendix B)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 from model import GPT
 
-# Dense bfloat16 and float16 peaks, FLOP/s, from the makers' data sheets, by a part of the device's name.
+# Peaks for dense bfloat16 and float16 matmuls, FLOP/s, from data sheets, by a part of the device's name.
 PEAKS = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -22,9 +22,9 @@ PEAKS = {
 
 
 def flops_per_token(model: GPT) -> int:
-    """Multiplications and additions of forward and backward for one token, with the experts that it goes through.
+    """FLOPs of forward and backward per token: multiplications and additions, with top_k experts.
 
-    Two for each weight in forward and four in backward, and the attention's products over the whole context.
+    Two per weight in forward and four in backward, and attention over the whole context.
     """
     c = model.config
     weights = model.num_active_params() - model.transformer.wpe.weight.numel()
@@ -32,7 +32,7 @@ def flops_per_token(model: GPT) -> int:
 
 
 def peak(device: torch.device, dtype: str) -> float | None:
-    """FLOP/s that the device can reach at most in a 16-bit dtype; None where that is not known."""
+    """Peak FLOP/s of the device in a 16-bit dtype; None if unknown."""
     if device.type != "cuda" or dtype not in ("bfloat16", "float16"):
         return None
     name = torch.cuda.get_device_name(device)

@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite: kept out of the weights on the device, counted, and told by name."""
+"""Skip steps whose loss or gradient is not finite, without synchronizing with the device, and report them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Skipped:
 
     steps: int
     total: int  # since the run began
-    in_a_row: int  # of them, the last ones
+    in_a_row: int  # consecutive, up to the last step
     first_step: int
-    first_bad: str  # what was not finite in that step; the first of it in the order of computing
+    first_bad: str  # first value of that step that was not finite, in the order of computation
 
     def line(self) -> str:
         steps = "1 step" if self.steps == 1 else f"{self.steps} steps"
@@ -28,16 +28,16 @@ class Skipped:
 
 
 class NonFiniteGuard:
-    """Decides on the device, without waiting for it, whether an optimizer step may be taken.
+    """Decides on the device whether an optimizer step is skipped.
 
-    A skipped step leaves weights, the optimizer's averages and the loop's state as they are. What `check` counts is
-    read by `report`, which waits for the device; `state_dict` makes the counts go on after a resume.
+    A skipped step does not change the weights, the optimizer's averages or the loop's state. `check` counts on the
+    device; `report` reads the counts, which synchronizes. `state_dict` preserves them over a resume.
     """
 
     def __init__(self, model: nn.Module):
         named = list(model.named_parameters())
         self.parameters = [p for _, p in named]
-        # backward reaches the parameters nearest to the loss first
+        # in the order of backward: from the loss to the input
         self.names = [*LOSSES, *(f"the gradient of {name}" for name, _ in reversed(named))]
         device = self.parameters[0].device
         self.total = torch.zeros((), dtype=torch.int64, device=device)
@@ -47,7 +47,7 @@ class NonFiniteGuard:
         self.reported = 0
 
     def norms(self) -> Tensor:
-        """The 2-norm of each parameter's gradient, [P]; 0 where there is none."""
+        """The 2-norm of each parameter's gradient, [P]; 0 without a gradient."""
         grads = [p.grad for p in self.parameters if p.grad is not None]
         norms = iter(torch._foreach_norm(grads))
         zero = self.total.new_zeros((), dtype=torch.float32)
@@ -55,7 +55,7 @@ class NonFiniteGuard:
 
     @torch.no_grad()
     def check(self, trace: MoETrace, norms: Tensor, step: int) -> Tensor:
-        """1.0 where this step must be skipped, [] float32, in the form that fused optimizers take as found_inf."""
+        """1.0 if this step must be skipped, else 0.0: [] float32, as fused optimizers expect in found_inf."""
         losses = torch.stack([trace.cross_entropy, trace.aux_loss, trace.router_z_loss])
         bad = ~torch.cat([losses.to(norms.dtype), norms.flip(0)]).isfinite()
         skip = bad[0] | bad[len(LOSSES) :].any()
@@ -67,7 +67,7 @@ class NonFiniteGuard:
         return skip.float()
 
     def report(self) -> Skipped | None:
-        """What was skipped since the last report, None if nothing was. Waits for the device."""
+        """The steps skipped since the last report; None if there are none. Synchronizes with the device."""
         total, in_a_row, first_step = torch.stack([self.total, self.in_a_row, self.first_step]).tolist()
         if total == self.reported:
             return None

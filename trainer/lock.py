@@ -1,4 +1,4 @@
-"""One run at a time in a folder."""
+"""A lock on a folder, so that only one process writes to it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ HOLDER = ".lock.holder"
 
 
 @contextlib.contextmanager
-def held(out_dir: Path, wait: float = 0, option: str = "--out_dir") -> Iterator[None]:
-    """Hold out_dir, made if it is not there, against other processes, on other hosts too if its file system can tell.
+def folder_lock(out_dir: Path, wait: float = 0, option: str = "--out_dir") -> Iterator[None]:
+    """Lock out_dir against other processes, creating it if needed; also on other hosts if the file system supports it.
 
-    The system gives the lock back when the process ends, however it ends. Raises UserError, which names the `option` of
-    the command line that gives the folder, if another process holds it for longer than `wait` seconds, or if the folder
-    cannot be written.
+    The system releases the lock when the process ends in any way. Raises UserError if another process holds the lock
+    for longer than `wait` seconds, or if the folder cannot be written. `option` is the command-line option for the
+    folder, for the message.
     """
     made = not os.path.exists(out_dir)
     holder = out_dir / HOLDER
@@ -39,12 +39,10 @@ def held(out_dir: Path, wait: float = 0, option: str = "--out_dir") -> Iterator[
         who = ""
         with contextlib.suppress(OSError, UnicodeDecodeError):
             who = f" ({holder.read_text() or 'it has just started'})"
-        raise UserError(
-            f"another process is writing to {out_dir}{who}: wait for it, or give another {option}"
-        ) from None
+        raise UserError(f"another process is writing to {out_dir}{who}: wait for it, or use another {option}") from None
     except OSError as e:
         if e.errno in (errno.ENOLCK, errno.EOPNOTSUPP):
-            print(f"{out_dir} is on a file system without locks: nothing keeps a second process out of it")
+            print(f"{out_dir} is on a file system without locks: a second process cannot be kept out")
             yield
             return
         raise UserError(f"cannot write to {out_dir}: {e.strerror or e}") from None
@@ -58,7 +56,7 @@ def held(out_dir: Path, wait: float = 0, option: str = "--out_dir") -> Iterator[
 
 
 def _remove_if_unused(out_dir: Path) -> None:
-    """A folder that nothing was written to: the run was refused."""
+    """Remove a new folder that nothing was written to, because the run was refused."""
     with contextlib.suppress(OSError):
         if [path.name for path in out_dir.iterdir()] == [LOCK]:
             (out_dir / LOCK).unlink()

@@ -1,145 +1,143 @@
-"""What a run begins from: nothing, weights of another, or its own checkpoint with the settings to go on with."""
+"""Decide what a run starts from: nothing, other weights, or its own checkpoint; and with which settings."""
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from chronomoe.beta import derangement
 from chronomoe.config import THRESHOLDS
-from trainer import checkpoint as checkpoints
+from model import GPT
+from trainer import checkpoint
 from trainer import settings as setting
 from trainer.arms import arm_of
+from trainer.distributed import torchrun_id
 from trainer.environment import UNKNOWN
 from trainer.errors import UserError
-from trainer.ranks import Ranks, job
 from trainer.runlog import evaluations_in, history_in, holds_a_run
 from trainer.settings import Settings
-from trainer.streams import DROPOUT_AND_NOISE, stream_seed
-from trainer.weights import OF_EXPERTS, digest, plain_names, without_state
-from trainer.weights import find as find_weights
+from trainer.weights import COMPILED, EXPERT_FIELDS, complete_weights, find_weights, weights_sha256, without_state
 
-MOST_UNSAVED = 2  # evaluations logged while the first checkpoint is being written
-AUTO = "auto:"  # how an init_from begins that names weights to start from if there is nothing to resume
+MAX_UNSAVED = 2  # evaluations that can be logged before the first checkpoint is written
+AUTO = "auto:"  # prefix of an init_from: resume, or else start from the weights that follow
 BETA = "router_state.beta_coeff"
 
 
 @dataclass
 class Start:
-    """Settings, and if a run is resumed its checkpoint (tensors on the CPU), and what is to be said about that."""
+    """The settings of a run, and what it starts from. Tensors are on the CPU."""
 
     settings: Settings
-    saved: dict[str, Any] | None = None
-    weights: dict[str, Tensor] | None = None  # of another run or of GPT-2, to start from
-    weights_from: str | None = None  # what init_from named when the run began; None: from scratch
+    saved: dict[str, Any] | None = None  # the checkpoint to resume
+    weights: dict[str, Tensor] | None = None  # weights to start from
+    weights_from: str | None = None  # the init_from of the run's first start; None: from scratch
     weights_sha256: str | None = None  # of those weights
-    vocab_size: int | None = None  # where the weights fix it
-    changed: dict[str, list[Any]] = field(default_factory=dict)  # key: [before, now]
-    notes: list[str] = field(default_factory=list)
-    damaged: list[Path] = field(default_factory=list)  # checkpoints passed over
+    vocab_size: int | None = None  # of the weights or the checkpoint
+    changed: dict[str, list[Any]] = field(default_factory=dict)  # settings that changed: [before, now]
+    notes: list[str] = field(default_factory=list)  # for the user
+    damaged: list[Path] = field(default_factory=list)  # checkpoints that were skipped
+    is_resumed: bool = False
 
 
-def is_started_again(given: dict[str, Any]) -> bool:
-    """torchrun has started the same command again after a failure, and what is in out_dir is its own."""
-    history = history_in(_whence(given)[1] / "config.json")
+def is_restart(given: dict[str, Any]) -> bool:
+    """Whether torchrun restarted this command after a failure, and the run in out_dir is its own."""
+    history = history_in(_source(given)[1] / "config.json")
     last = history[-1] if history and isinstance(history[-1], dict) else {}
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and last.get("job") == job() is not None
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and last.get("job") == torchrun_id() is not None
 
 
-def folder(given: dict[str, Any], again: bool = False) -> Path:
-    """The out_dir of these keys. Raises UserError if a new run would overwrite one, or there is none to resume.
+def run_folder(given: dict[str, Any], is_restart: bool = False) -> Path:
+    """The out_dir of these settings. is_restart: a run in it is this run.
 
-    again: a run that is there is this one's own.
+    Raises UserError if a new run would overwrite another, or if there is no run to resume.
     """
-    init_from, out_dir = _whence(given)
-    if starts_anew(init_from) and not again and not given.get("eval_only") and holds_a_run(out_dir):
+    init_from, out_dir = _source(given)
+    if ignores_checkpoint(init_from) and not is_restart and not given.get("eval_only") and holds_a_run(out_dir):
         raise UserError(
-            f"{out_dir} holds a run already; continue it with --init_from=resume, give another --out_dir, or remove it"
+            f"{out_dir} holds a run already; continue it with --init_from=resume, use another --out_dir, or remove it"
         )
-    if init_from == "resume" and not checkpoints.exists(out_dir):
+    if init_from == "resume" and not checkpoint.exists(out_dir):
         raise UserError(
-            f"there is no checkpoint {out_dir / checkpoints.NAME} to resume from; "
+            f"there is no checkpoint {out_dir / checkpoint.NAME} to resume from; "
             "--init_from=auto starts the run if there is none"
         )
-    would_start = not starts_anew(init_from) and not again and not checkpoints.exists(out_dir)
-    # a run that is killed before its first checkpoint has few evaluations; more are not thrown away unasked
-    if would_start and not given.get("eval_only") and evaluations_in(out_dir) > MOST_UNSAVED:
+    would_start = not ignores_checkpoint(init_from) and not is_restart and not checkpoint.exists(out_dir)
+    # a run killed before its first checkpoint has few evaluations; do not overwrite the logs of a longer run
+    if would_start and not given.get("eval_only") and evaluations_in(out_dir) > MAX_UNSAVED:
         raise UserError(
-            f"{out_dir} has the logs of a run and no checkpoint: if it had one, put its {checkpoints.NAME} back; else "
-            "give another --out_dir, or remove it"
+            f"{out_dir} has the logs of a run but no checkpoint: if it had one, put its {checkpoint.NAME} back; else "
+            "use another --out_dir, or remove it"
         )
     return out_dir
 
 
-def begin(given: dict[str, Any], again: bool = False) -> Start:
-    """Where to begin, by the keys that the user gave; the others are the checkpoint's on resume, else defaults.
+def resolve_start(given: dict[str, Any], is_restart: bool = False) -> Start:
+    """Resolve what to start from. Settings that are not given are the checkpoint's on resume, else the defaults.
 
-    again: go on with a run that is in out_dir, whatever init_from says, if it has a checkpoint.
-    Raises UserError if the keys make no sense, or the checkpoint cannot be used or does not fit them.
+    given: the settings that the user gave. is_restart: resume the run in out_dir if it has a checkpoint, whatever
+    init_from says. Raises UserError if the settings are invalid, or the checkpoint is unusable or does not fit them.
     """
-    init_from, out_dir = _whence(given)
-    goes_on = (again or not starts_anew(init_from)) and checkpoints.exists(out_dir)
-    if not goes_on:
-        return _from_weights(given, "scratch" if init_from == "auto" else init_from.removeprefix(AUTO))
-    saved, notes, damaged = checkpoints.newest(out_dir)
-    before = _settings_in(saved, out_dir / checkpoints.NAME)
+    init_from, out_dir = _source(given)
+    resumes = (is_restart or not ignores_checkpoint(init_from)) and checkpoint.exists(out_dir)
+    if not resumes:
+        return _start_from(given, "scratch" if init_from == "auto" else init_from.removeprefix(AUTO))
+    saved, notes, damaged = checkpoint.newest(out_dir)
+    before = _saved_settings(saved, out_dir / checkpoint.NAME)
     for key in setting.names_with_role("model"):
         if key in given and key in before and given[key] != before[key]:
             raise UserError(
                 f"{key}={given[key]}, but the checkpoint in {out_dir} has {key}={before[key]}: a model's shape cannot "
                 f"change on resume; leave {key} out, or start a run with another --out_dir"
             )
-    ours = checkpoints.is_ours(saved)
-    of_a_start = setting.names_with_role("start")
-    not_taken = of_a_start + setting.names_with_role("machine")
+    ours = checkpoint.is_ours(saved)
+    per_start = setting.names_with_role("start")
+    not_kept = per_start + setting.names_with_role("machine")
     if not ours:
-        not_taken += setting.names_with_role("numerics")  # nanoMoE's defaults, which its user did not choose
-    merged = {key: value for key, value in before.items() if key not in not_taken} | given
+        not_kept += setting.names_with_role("numerics")  # nanoMoE's defaults, which its user did not choose
+    merged = {key: value for key, value in before.items() if key not in not_kept} | given
     if ours and given.get("dtype") == "auto":
         merged["dtype"] = before.get("dtype", "auto")  # a run keeps its precision
     if "arm" not in given and arm_of(merged) != arm_of(before):
-        merged["arm"] = ""  # the keys that are given make it another one
+        merged["arm"] = ""  # the given settings define another arm
     s = setting.from_values(merged)
     if s.max_iters < saved["iter_num"] and not s.eval_only:
         raise UserError(
             f"max_iters={s.max_iters}, but the checkpoint in {out_dir} is of step {saved['iter_num']}: give at least "
             "that many steps, or start a run with another --out_dir"
         )
-    # a key that an older version did not have was at its default, but for the arm
+    # a setting that an older version did not have was at its default, except the arm
     was = {key: option.default for key, option in setting.keys().items() if ours and key != "arm"} | before
     changed = {
         key: [was[key], value]
         for key, value in s.flat().items()
-        if key in was and was[key] != value and value != "auto" and key not in of_a_start
+        if key in was and was[key] != value and value != "auto" and key not in per_start
     }
     notes += [f"resume: {key}={now}, before {earlier}" for key, (earlier, now) in changed.items()]
     vocab_size = saved["model_args"].get("vocab_size")
-    source, sha256 = _origin(saved, str(out_dir / checkpoints.NAME))
-    return Start(s, saved, None, source, sha256, vocab_size, changed, notes, damaged)
+    source, sha256 = _origin(saved, str(out_dir / checkpoint.NAME))
+    return Start(s, saved, None, source, sha256, vocab_size, changed, notes, damaged, is_resumed=True)
 
 
 def _origin(saved: dict[str, Any], path: str) -> tuple[str | None, str | None]:
-    """(weights_from, weights_sha256) of a run that is resumed from the checkpoint at `path`."""
+    """(weights_from, weights_sha256) of the run whose checkpoint is at `path`."""
     if "weights_from" in saved:
         return saved["weights_from"], saved.get("weights_sha256")
-    if not checkpoints.is_ours(saved):
-        return path, digest(plain_names(saved["model"]))
-    # an older version of this program recorded what the last start's init_from was, not the first one's
+    if not checkpoint.is_ours(saved):
+        return path, weights_sha256({name.removeprefix(COMPILED): value for name, value in saved["model"].items()})
+    # an older version recorded the init_from of the last start, not of the first one
     config = saved.get("config")
     from_scratch = isinstance(config, dict) and config.get("init_from") == "scratch"
     return (None, None) if from_scratch else (UNKNOWN, UNKNOWN)
 
 
-def _from_weights(given: dict[str, Any], source: str) -> Start:
-    """A new run, from scratch or from weights that are there; a key of the model that is not given is theirs.
+def _start_from(given: dict[str, Any], source: str) -> Start:
+    """Start a new run, from scratch or from weights. Model settings that are not given are those of the weights.
 
-    To evaluate, the loop's settings and its state are theirs too; to train, the loop begins anew.
+    With eval_only the loop's settings and state are those of the weights too; otherwise the loop starts fresh.
     """
     if source == "scratch":
         return Start(setting.from_values(given))
@@ -150,7 +148,7 @@ def _from_weights(given: dict[str, Any], source: str) -> Start:
     for key in setting.names_with_role("model"):
         value = theirs.get(key, given.get(key))
         cropped = key == "block_size" and key in given and given[key] < value
-        may_change = dense and key in OF_EXPERTS
+        may_change = dense and key in EXPERT_FIELDS
         if given.get(key, value) != value and not may_change and not cropped:
             raise UserError(f"{key}={given[key]}, but the weights of {source} have {key}={value}: leave {key} out")
     notes = [f"weights: from {source}"]
@@ -161,13 +159,13 @@ def _from_weights(given: dict[str, Any], source: str) -> Start:
         weights = without_state(weights)
         theirs = {key: value for key, value in theirs.items() if not key.startswith(setting.PREFIX)}
     if dense:
-        theirs = {key: value for key, value in theirs.items() if key not in OF_EXPERTS}
+        theirs = {key: value for key, value in theirs.items() if key not in EXPERT_FIELDS}
     s = setting.from_values(theirs | given)
-    vocab_size, sha256 = found.get("vocab_size"), digest(without_state(weights))
+    vocab_size, sha256 = found.get("vocab_size"), weights_sha256(without_state(weights))
     return Start(s, None, weights, source, sha256, vocab_size, notes=notes)
 
 
-def _whence(given: dict[str, Any]) -> tuple[str, Path]:
+def _source(given: dict[str, Any]) -> tuple[str, Path]:
     defaults = Settings()
     init_from = given.get("init_from", defaults.init_from)
     source = init_from.removeprefix(AUTO)
@@ -176,25 +174,25 @@ def _whence(given: dict[str, Any]) -> tuple[str, Path]:
     return init_from, Path(given.get("out_dir", defaults.out_dir))
 
 
-def starts_anew(init_from: str) -> bool:
-    """Whether a checkpoint in out_dir is not resumed."""
+def ignores_checkpoint(init_from: str) -> bool:
+    """Whether this init_from starts a new run even if out_dir has a checkpoint."""
     return init_from not in ("resume", "auto") and not init_from.startswith(AUTO)
 
 
-def _settings_in(saved: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The keys that a checkpoint was trained with, in their types. Raises UserError if one has a wrong type."""
+def _saved_settings(saved: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The settings of a checkpoint, in their types. Raises UserError for a wrong type."""
     config = saved.get("config")
     found = (config if isinstance(config, dict) else {}) | saved["model_args"]
     known = setting.keys()
     values = {key: setting.check(known[key], value, str(path)) for key, value in found.items() if key in known}
     threshold, signal = setting.PREFIX + "bridge_threshold", setting.PREFIX + "bridge_signal"
     if threshold in values and values[threshold] == THRESHOLDS.get(values.get(signal)):
-        values[threshold] = None  # an older version saved the default as a number
+        values[threshold] = None  # an older version saved the default value
     return values
 
 
 def known_files(start: Start) -> dict[str, dict[str, Any]] | None:
-    """The fingerprint of the files that a resumed run was trained on, if the dataset has the same name now."""
+    """Fingerprints of the files that a resumed run was trained on; None if it had another dataset."""
     saved = start.saved or {}
     before, config = saved.get("data"), saved.get("config")
     same = isinstance(config, dict) and config.get("dataset") == start.settings.dataset
@@ -204,67 +202,34 @@ def known_files(start: Start) -> dict[str, dict[str, Any]] | None:
 def check_data(start: Start, now: dict[str, dict[str, Any]]) -> None:
     """Compare the dataset's files with those that a resumed run was trained on.
 
-    Another dataset with other contents is recorded in start.changed. Raises UserError if files of the same dataset
-    have changed.
+    Records another dataset with other contents in start.changed. Raises UserError if files of the same dataset have
+    changed.
     """
     for name, was in (known_files(start) or {}).items():
         if name in now and was["sha256"] != now[name]["sha256"]:
             raise UserError(
                 f"{name} of {start.settings.dataset} has changed since the run began (sha256 "
-                f"{now[name]['sha256'][:12]}..., then {was['sha256'][:12]}...): put the old file back, or start a new "
-                "run"
+                f"{now[name]['sha256'][:12]}..., then {was['sha256'][:12]}...): restore the file, or start a new run"
             )
     before = start.saved.get("data") if start.saved else None
     if isinstance(before, dict) and now:
-        was, is_now = ({name: look["sha256"] for name, look in files.items()} for files in (before, now))
+        was, is_now = ({name: f["sha256"] for name, f in files.items()} for files in (before, now))
         if was != is_now:
             start.changed["data_sha256"] = [was, is_now]
-            start.notes.append("resume: the data have other contents than before")
+            start.notes.append("resume: the data differ from before")
 
 
-def restore(saved: dict[str, Any], path: Path, model: Any, optimizer: Any, loop: Any, guard: Any, scaler: Any) -> None:
-    """Put a checkpoint's state into what `build` made. Raises UserError if it does not fit."""
-    try:
-        # nanoMoE saves compiled models under a prefix, and knows no router_state
-        weights = plain_names(saved["model"])
-        model.load_state_dict(model.router_state.state_dict(prefix="router_state.") | weights)
-        # the fused step is the one that can be skipped on the device
-        fused = [group | {"fused": True, "foreach": None} for group in saved["optimizer"]["param_groups"]]
-        optimizer.load_state_dict(saved["optimizer"] | {"param_groups": fused})
-        for p, state in optimizer.state.items():
-            for name in ("exp_avg", "exp_avg_sq"):
-                if state[name].shape != p.shape:
-                    raise ValueError(f"the optimizer's {name} is {list(state[name].shape)}, not {list(p.shape)}")
-        if "chrono" in saved:
-            # an older version did not save the permutation of signal 'shuffled', and drew it from the run's seed
-            drawn = derangement(*loop.follows.shape, saved.get("config", {}).get("seed", 0))
-            loop.load_state_dict({"shuffled": {"follows": drawn}} | saved["chrono"])
-        if "guard" in saved:
-            guard.load_state_dict(saved["guard"])
-        if saved.get("scaler"):  # empty where the saved run needed none
-            scaler.load_state_dict(saved["scaler"])
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
-        reason = " ".join(str(e).split())
-        raise UserError(f"{path} does not fit its own settings: {reason}") from None
-
-
-def restore_random_state(saved: dict[str, Any], device: torch.device, ranks: Ranks, seed: int) -> list[str]:
-    """Let dropout and router noise go on where this rank's stopped; lines on what cannot."""
-    if "random" not in saved:
-        return []
-    states = saved["random"]
-    if ranks.rank < len(states):
-        checkpoints.restore_random_state(states[ranks.rank], device)
-    else:
-        torch.manual_seed(stream_seed(seed, DROPOUT_AND_NOISE, ranks.rank, saved["iter_num"]))
-    if len(states) == ranks.count:
-        return []
-    return [f"resume: {ranks.count} ranks, before {len(states)}: dropout and router noise are drawn anew"]
-
-
-def best_loss(saved: dict[str, Any], out_dir: Path) -> float:
-    """The validation loss of ckpt_best.pt; infinite if that is not there. nanoMoE saves the loss as a tensor."""
-    if not os.path.exists(out_dir / checkpoints.BEST):  # older versions counted step 0, which is not saved
-        return math.inf
-    value = saved.get("best_val_loss")
-    return float(value) if isinstance(value, (int, float, Tensor)) and torch.as_tensor(value).numel() == 1 else math.inf
+def upgraded(saved: dict[str, Any], model: GPT) -> dict[str, Any]:
+    """A checkpoint of nanoMoE or of an older version in the form of this version."""
+    saved = saved | {"model": complete_weights(saved["model"], model)}
+    # only the fused step can be skipped on the device
+    groups = [group | {"fused": True, "foreach": None} for group in saved["optimizer"]["param_groups"]]
+    saved["optimizer"] = saved["optimizer"] | {"param_groups": groups}
+    chrono = saved.get("chrono")
+    if chrono and "shuffled" not in chrono:
+        # an older version did not save the permutation of signal 'shuffled'; it drew it from the run's seed
+        shape = chrono["coherence"]["phi_slow"].shape
+        config = saved.get("config")
+        seed = config.get("seed", 0) if isinstance(config, dict) else 0
+        saved["chrono"] = chrono | {"shuffled": {"follows": derangement(*shape, seed)}}
+    return saved

@@ -1,8 +1,8 @@
-"""What a run leaves behind and what a person sees of it.
+"""The files of a run, and what it prints.
 
-In out_dir: config.json (every setting as resolved, what the run ran on, a history of its starts, and what is missing
-from its logs), metrics.jsonl (a line per logged step), decisions.jsonl (a line when a prune candidate opens or is
-withdrawn). On the screen: a line per logged step.
+In out_dir: config.json (every setting as resolved, the environment, the history of starts, and what is missing from the
+logs), metrics.jsonl (a line per logged step), decisions.jsonl (a line when a prune candidate opens or is withdrawn).
+The console shows a line per logged step.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from tqdm import tqdm
 from chronomoe import PruneDecision
 from trainer import checkpoint
 from trainer.errors import UserError
-from trainer.files import JsonLines, parse_json, read_text, remove_leftovers, whole_file
+from trainer.files import JsonLines, atomic_write, parse_json, read_text, remove_partial_files
 from trainer.settings import Settings
 from trainer.wandb_run import WandbRun
 
-tqdm.set_lock(threading.RLock())  # its own would be a semaphore of the system's, which a killed process leaves behind
+tqdm.set_lock(threading.RLock())  # tqdm's default is a system semaphore, which a killed process leaves behind
 
 
-# Keys of a checkpoint that RunLog reads on resume; 'random' says that this program wrote it.
+# keys of a checkpoint that RunLog reads on resume; checkpoint.is_ours reads 'random'
 RECORD = ("lines", "lines_sha256", "history", "incomplete", "wandb_id", "unfinished", "random")
 
 
 class RunLog:
-    """The run's files, its lines on the screen and its W&B run.
+    """Writes the run's files, its console lines and its W&B run.
 
     Args:
-        settings: the run's.
-        resolved: the keys of config.json, except `history` and `incomplete`.
-        started: this start, for the history; earlier starts are kept.
-        step: that the run starts from; later lines, of a run that went on past its checkpoint, are dropped.
+        settings: of the run.
+        resolved: contents of config.json, except `history` and `incomplete`.
+        started: this start, appended to the history.
+        step: where the run starts. Later lines are dropped: they were logged after the checkpoint.
         saved: on resume, record_of the checkpoint.
 
     Raises UserError if out_dir cannot be written.
@@ -60,29 +60,29 @@ class RunLog:
         self.started = time.perf_counter()
         self.bar: tqdm | None = None
         self.wandb: WandbRun | None = None
-        self.behind = False  # lines wait in memory
+        self.is_behind = False  # lines are waiting in memory
         self.closed = False
         config = self.out_dir / "config.json"
         wandb_id = saved.get("wandb_id") if saved else None
         try:
             for name in ("config.json", "metrics.jsonl", "decisions.jsonl"):
-                remove_leftovers(self.out_dir / name)  # of a start that was killed
+                remove_partial_files(self.out_dir / name)  # of a process that was killed
             self.files = self._open_logs(step, saved)
-            history, self.incomplete = _record_of(config, saved) if saved else ([], [])
+            history, self.incomplete = _merged_record(config, saved) if saved else ([], [])
             damage = [f.damage for f in self.files.values() if f.damage]
             self.incomplete += [sentence for sentence in damage if sentence not in self.incomplete]
-            self.history = json.loads(json.dumps([*history, started]))  # plain values, as config.json gives them back
+            self.history = json.loads(json.dumps([*history, started]))  # as config.json stores them
             resolved = resolved | {"incomplete": self.incomplete, "history": self.history}
-            with whole_file(config) as f:
+            with atomic_write(config) as f:
                 f.write(json.dumps(resolved, indent=2).encode() + b"\n")
         except OSError as e:
             raise UserError(f"cannot write to out_dir {self.out_dir}: {e.strerror}") from None
         for sentence in self.incomplete:
-            self.say(f"incomplete: {sentence}")
+            self.info(f"incomplete: {sentence}")
         if settings.wandb_log:
             identity = wandb_identity(settings)
             self.wandb = WandbRun(
-                self.say, self.out_dir, resumed=wandb_id is not None, config=resolved, id=wandb_id, **identity
+                self.info, self.out_dir, resumed=wandb_id is not None, config=resolved, id=wandb_id, **identity
             )
         if sys.stdout.isatty():
             self.bar = tqdm(total=settings.max_iters, initial=step, unit="step", dynamic_ncols=True, file=sys.stdout)
@@ -90,7 +90,7 @@ class RunLog:
     def _open_logs(self, step: int, saved: dict[str, Any] | None) -> dict[str, JsonLines]:
         saved = {"lines": {"metrics": 0, "decisions": 0}} if saved is None else saved
         lines, sha256 = _values_in(saved, "lines", int), _values_in(saved, "lines_sha256", str)
-        # a step whose evaluation was cut short has no line yet
+        # a step whose evaluation was interrupted has no line yet
         last = {"metrics": step - 1 if saved.get("unfinished") else step, "decisions": step}
         return {
             name: JsonLines(
@@ -100,7 +100,7 @@ class RunLog:
         }
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds of the logs: lines written so far, their digests, the history, what is missing."""
+        """The log's part of a checkpoint: number of lines, their digests, the history, what is missing."""
         return {
             "lines": {name: f.count for name, f in self.files.items()},
             "lines_sha256": {name: f.sha256 for name, f in self.files.items()},
@@ -110,46 +110,46 @@ class RunLog:
         }
 
     def sync(self) -> None:
-        """Until the disk has every line. Raises OSError if it cannot."""
+        """Write every line to the disk. Raises OSError."""
         for f in self.files.values():
             f.flush()
             f.sync()
 
-    def say(self, line: str) -> None:
-        """A line for the person."""
-        with contextlib.suppress(OSError):  # a terminal that is gone, a log on a full disk: no reason to stop
+    def info(self, line: str) -> None:
+        """Print a line."""
+        with contextlib.suppress(OSError):  # a closed terminal or a full disk does not stop the run
             if self.bar is not None:
                 tqdm.write(line, file=sys.stdout)
             else:
-                sys.stdout.write(f"{line}\n")  # in one piece: W&B's and the checkpoint's threads speak too
+                sys.stdout.write(f"{line}\n")  # one write: other threads print too
                 sys.stdout.flush()
 
-    def tick(self) -> None:
-        """One step is done."""
+    def advance(self) -> None:
+        """Count a finished step in the progress bar."""
         if self.bar is not None:
             with contextlib.suppress(OSError):
                 self.bar.update()
 
-    def write(self, values: dict[str, float | None]) -> None:
-        """A logged step: `values` holds `step`, and whatever of the metric names there is to tell."""
+    def metrics(self, values: dict[str, float | None]) -> None:
+        """Log a step's metrics by name; `values` includes `step`."""
         self._append("metrics", values)
         if self.wandb:
             self.wandb.log(values)
-        self.say(self._summary(values))
+        self.info(self._summary(values))
 
-    def decide(self, decisions: list[PruneDecision]) -> None:
-        """Prune proposals that opened or were withdrawn; none is executed."""
+    def decisions(self, decisions: list[PruneDecision]) -> None:
+        """Log prune candidates that opened or were withdrawn. Nothing is pruned."""
         for d in decisions:
             self._append("decisions", dataclasses.asdict(d))
             verb = "prune" if d.action == "open" else "withdraw the proposal to prune"
             phi = "none" if d.phi_slow is None else f"{d.phi_slow:.3f}"
-            self.say(
+            self.info(
                 f"[DRY-RUN] step {d.step}: {verb} {d.expert_id} "
                 f"(reason={d.reason}, phi_slow={phi}, tokens={d.total_tokens_seen:,})"
             )
 
-    def close(self, caught: list[int] | None = None) -> None:
-        """End the run's W&B run and files, once. caught: holds a signal if one asked for the end."""
+    def close(self, in_haste: bool = False) -> None:
+        """Close the W&B run and the files; only the first call counts. in_haste: a signal ended the run."""
         if self.closed:
             return
         self.closed = True
@@ -157,10 +157,10 @@ class RunLog:
             self.bar.close()
             self.bar = None
         if self.wandb:
-            self.wandb.finish(in_haste=bool(caught))
+            self.wandb.finish(in_haste)
         for f in self.files.values():
             if f.waiting:
-                self.say(f"{len(f.waiting)} lines of {f.path} could not be written and are lost")
+                self.info(f"{len(f.waiting)} lines of {f.path} could not be written and are lost")
             f.close()
 
     def _append(self, name: str, values: dict[str, Any]) -> None:
@@ -169,14 +169,14 @@ class RunLog:
             for f in self.files.values():
                 f.flush()
         except OSError as e:
-            if not self.behind:
+            if not self.is_behind:
                 path = self.files[name].path
-                self.say(f"cannot write {path}: {e.strerror}; training goes on, its lines wait in memory")
-            self.behind = True
+                self.info(f"cannot write {path}: {e.strerror}; training continues, and lines wait in memory")
+            self.is_behind = True
         else:
-            if self.behind:
-                self.say("the lines that waited are written")
-            self.behind = False
+            if self.is_behind:
+                self.info("the lines that were waiting are written")
+            self.is_behind = False
 
     def _summary(self, v: dict[str, float | None]) -> str:
         parts = [f"step {v['step']:>{len(str(self.settings.max_iters))}}"]
@@ -205,19 +205,29 @@ class RunLog:
 
 
 class NoLog:
-    """RunLog that does nothing, for ranks other than 0."""
+    """A log that does nothing, for ranks other than 0."""
 
-    def say(self, line: str) -> None: ...
+    def info(self, line: str) -> None: ...
 
-    def tick(self) -> None: ...
+    def advance(self) -> None: ...
 
-    def write(self, values: dict[str, float | None]) -> None: ...
+    def metrics(self, values: dict[str, float | None]) -> None: ...
 
-    def decide(self, decisions: list[PruneDecision]) -> None: ...
+    def decisions(self, decisions: list[PruneDecision]) -> None: ...
+
+    def state(self) -> dict[str, Any]:
+        return {}
 
     def sync(self) -> None: ...
 
-    def close(self, caught: list[int] | None = None) -> None: ...
+    def close(self, in_haste: bool = False) -> None: ...
+
+
+class ConsoleLog(NoLog):
+    """A log that only prints, for runs that write nothing."""
+
+    def info(self, line: str) -> None:
+        print(line)
 
 
 def _worst(values: dict[str, float | None], ending: str, pick: Any) -> float:
@@ -230,7 +240,7 @@ def _range(values: dict[str, float | None], start: str, low: str, high: str) -> 
 
 
 def wandb_identity(settings: Settings) -> dict[str, Any]:
-    """Names under which runs with beta on and off overlay: same group, other job_type."""
+    """Names in W&B. Runs with beta on and off have the same group and another job_type, so their curves overlay."""
     s = settings
     shape = f"{s.n_layer}x{s.n_embd}-e{s.n_exp}-k{s.top_k}"
     return {
@@ -243,18 +253,19 @@ def wandb_identity(settings: Settings) -> dict[str, Any]:
 
 
 def record_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """What RunLog reads of a checkpoint."""
+    """The part of a checkpoint that RunLog reads."""
     return {key: value for key, value in checkpoint.items() if key in RECORD}
 
 
 def holds_a_run(out_dir: Path) -> bool:
+    """Whether out_dir has logs or a checkpoint."""
     metrics = out_dir / "metrics.jsonl"
-    # os.path's functions say False where a path is too long or hidden; Path's raise
+    # os.path returns False for a path that is too long; Path raises
     return (os.path.isfile(metrics) and os.path.getsize(metrics) > 0) or checkpoint.exists(out_dir)
 
 
 def evaluations_in(out_dir: Path) -> int:
-    """Evaluations after step 0 in the readable lines of metrics.jsonl."""
+    """Number of evaluations after step 0 in the readable lines of metrics.jsonl."""
     count = 0
     with contextlib.suppress(OSError), (out_dir / "metrics.jsonl").open("rb") as f:
         for line in f:
@@ -265,14 +276,14 @@ def evaluations_in(out_dir: Path) -> int:
 
 
 def history_in(path: Path) -> list[Any]:
-    """The history in a config.json; empty where there is none that can be read."""
+    """The history in a config.json; empty if it cannot be read."""
     return _list_in(_read_config(path), "history")
 
 
-def _record_of(config_path: Path, saved: dict[str, Any]) -> tuple[list[Any], list[str]]:
-    """(history, incomplete) of a run that is resumed, from its checkpoint and its config.json.
+def _merged_record(config_path: Path, saved: dict[str, Any]) -> tuple[list[Any], list[str]]:
+    """(history, incomplete) of a resumed run, from its checkpoint and its config.json.
 
-    config.json has the starts after the checkpoint too, but can be damaged or deleted.
+    config.json also has the starts after the checkpoint, but can be damaged or deleted.
     """
     config = _read_config(config_path)
     incomplete = [*_list_in(saved, "incomplete")]
@@ -292,7 +303,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _values_in(record: dict[str, Any], key: str, kind: type) -> dict[str, Any]:
-    """The values of that kind in a dict in the record; what is damaged counts as missing."""
+    """The values of that type in the dict `record[key]`. Damaged values count as missing."""
     found = record.get(key)
     return {k: v for k, v in found.items() if isinstance(v, kind)} if isinstance(found, dict) else {}
 

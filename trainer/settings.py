@@ -154,6 +154,10 @@ class Settings:
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "chrono"}
         return own | {PREFIX + name: value for name, value in vars(self.chrono).items()}
 
+    @property
+    def tokens_per_step(self) -> int:
+        return self.gradient_accumulation_steps * self.batch_size * self.block_size
+
     def model_args(self, vocab_size: int) -> dict[str, Any]:
         """GPTConfig's arguments."""
         names = [f.name for f in dataclasses.fields(GPTConfig) if hasattr(self, f.name)]

@@ -1,6 +1,7 @@
-"""Seeds of a run's random streams, so that no two of them draw the same numbers.
+"""Seeds of a run's random streams, so that no two streams draw the same numbers.
 
-Initial weights are drawn from the run's seed itself, batches as trainer/data.py says; all else by a seed from here.
+Initial weights are drawn from the run's seed itself, and batches as in trainer/data.py; everything else by a seed from
+this file.
 """
 
 from __future__ import annotations
@@ -9,14 +10,14 @@ import hashlib
 
 import numpy as np
 
-DROPOUT_AND_NOISE = "dropout and router noise"  # by rank; by rank and step where a resumed run begins another
+DROPOUT_AND_NOISE = "dropout and router noise"  # by rank; by rank and step for a rank that joins on resume
 PERMUTATION = "permutation of signal 'shuffled'"
 
 
 def stream_seed(seed: int, name: str, *indices: int) -> int:
-    """Seed, below 2^63, of the stream `name` of a run with this seed. Indices number streams of one name, as by rank.
+    """Seed, below 2^63, of the stream `name`. Indices distinguish streams of one name, for example by rank.
 
-    torch's generator on a CPU takes the low 32 bits: two of a thousand streams coincide with a probability of 1e-4.
+    torch's CPU generator uses the low 32 bits: among a thousand streams two coincide with a probability of 1e-4.
     """
     purpose = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
     (state,) = np.random.SeedSequence(seed, spawn_key=(purpose, *indices)).generate_state(1, np.uint64)

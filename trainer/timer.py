@@ -10,9 +10,9 @@ import torch
 
 
 class StepTimer:
-    """Time since the last restart over the number of `steps` since then, without the time in `paused` blocks.
+    """Mean time per step since the last restart, without the time in `paused` blocks. The caller counts `steps`.
 
-    Reading the clock waits for the device, so that the steps counted are finished.
+    Reading the clock synchronizes with the device, so that the counted steps are finished.
     """
 
     def __init__(self, device: torch.device):
@@ -20,13 +20,16 @@ class StepTimer:
         self.restart()
 
     def restart(self) -> None:
+        """Start measuring from now."""
         self.began, self.steps = self._now(), 0
 
     def ms_per_step(self) -> float:
+        """Milliseconds per step since the last restart."""
         return (self._now() - self.began) * 1000 / self.steps
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
+        """Exclude the time of the block."""
         before = self._now()
         yield
         self.began += self._now() - before

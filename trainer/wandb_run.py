@@ -1,4 +1,4 @@
-"""Weights & Biases, as a guest: it never asks, never ends a training run, and holds up its start by seconds at most."""
+"""Weights & Biases. It never prompts, never ends a training run, and delays its start by a few seconds at most."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import first_line, leave_without_goodbyes
+from trainer.errors import first_line, skip_exit_handlers
 
 REACH_TIMEOUT = 3.0  # seconds to reach the server
 START_TIMEOUT = 10.0  # seconds for a server that is reached to start the run
 FINISH_TIMEOUT = 120.0  # seconds to upload what is left at the end
-MOST_WAITING = 1000  # calls
-HASTY_TIMEOUT = 5.0  # the same where a signal ends the run
+MAX_QUEUED = 1000  # calls
+HASTY_TIMEOUT = 5.0  # the same after a signal
 
 
 class WandbRun:
-    """One W&B run; after a failure it says so once and is silent from then on.
+    """One W&B run. After a failure it prints one line and does nothing from then on.
 
-    What is logged goes through a thread of its own, so W&B may be slow or hang and training goes on.
+    A thread makes the calls, so a slow or hanging W&B does not hold up training.
 
     Args:
-        say: takes a line for the user.
-        out_dir: W&B makes its folder in it.
-        resumed: the run goes on with an id that an earlier start had.
+        info: prints a line.
+        out_dir: parent of W&B's folder.
+        resumed: the run continues one with the same id.
         identity: wandb.init's project, name, group, job_type, tags, config and id.
     """
 
-    def __init__(self, say: Callable[[str], None], out_dir: Path, resumed: bool = False, **identity: Any):
-        self.say = say
+    def __init__(self, info: Callable[[str], None], out_dir: Path, resumed: bool = False, **identity: Any):
+        self.info = info
         self.run = None
         self.failed = False
         self.id: str | None = identity.get("id")
@@ -41,7 +41,7 @@ class WandbRun:
 
             mode, why = _mode(wandb)
             if mode == "disabled":
-                say(f"W&B: disabled ({why})")
+                info(f"W&B: disabled ({why})")
                 return
             settings = wandb.Settings(
                 silent=True, console="off", init_timeout=START_TIMEOUT, finish_timeout=FINISH_TIMEOUT
@@ -60,30 +60,30 @@ class WandbRun:
         self.id = self.run.id
         self.folder = self.run.settings.sync_dir
         if mode == "offline":
-            # a resumed run leaves a folder for each start, all with its id
+            # a resumed run has one folder per start, all with its id
             folders = sorted(str(path) for path in Path(out_dir).glob(f"wandb/offline-run-*-{self.id}*"))
             several = resumed and len(folders) > 1
-            say(f"W&B: offline ({why}); to upload later: wandb sync {' '.join(folders) if several else self.folder}")
+            info(f"W&B: offline ({why}); to upload later: wandb sync {' '.join(folders) if several else self.folder}")
         else:
-            say(f"W&B: {self.run.url}")
+            info(f"W&B: {self.run.url}")
         self.thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self.thread.start()
 
     def log(self, values: dict[str, float | None]) -> None:
-        """One step's values, which hold `step`."""
+        """Log one step's values, which include `step`."""
         numbers = {k: v for k, v in values.items() if v is not None}
         self.attempt("log", lambda wandb, run: run.log(numbers, step=int(values["step"])))
 
     def attempt(self, doing: str, action: Callable[[Any, Any], Any]) -> None:
-        """action(wandb, run) in W&B's thread, if W&B still works; its failure is said."""
+        """Call action(wandb, run) in the thread, if W&B still works. doing: a verb for the message if it fails."""
         if self.run is None:
             return
         self.work.put((doing, action))
-        if self.work.qsize() > MOST_WAITING:
-            self._fail("keep up", TimeoutError(f"{MOST_WAITING} calls are waiting"))
+        if self.work.qsize() > MAX_QUEUED:
+            self._fail("keep up", TimeoutError(f"{MAX_QUEUED} calls are waiting"))
 
     def finish(self, in_haste: bool = False) -> None:
-        """End the run, after what was logged. in_haste: a signal ends the program."""
+        """Finish the run after the queued calls. in_haste: a signal ended the program."""
         if self.run is None:
             return
         self.attempt("finish", lambda wandb, run: run.finish())
@@ -94,7 +94,7 @@ class WandbRun:
             self._fail("finish", TimeoutError(f"not done after {seconds:g} s; to upload: wandb sync {self.folder}"))
         lost = _lost(Path(self.folder))
         if lost:
-            self.say(f"W&B: {self.folder} is not whole ({lost}); metrics.jsonl is")
+            self.info(f"W&B: {self.folder} is incomplete ({lost}); metrics.jsonl is complete")
 
     def _work(self) -> None:
         import wandb
@@ -108,15 +108,15 @@ class WandbRun:
 
     def _fail(self, doing: str, e: Exception) -> None:
         if self.run is not None:
-            leave_without_goodbyes()  # W&B's own would wait for what does not answer, or print a traceback
-        self.run = None  # from here on nothing is put in the queue
+            skip_exit_handlers()  # W&B's would hang or print a traceback
+        self.run = None  # nothing is queued from here on
         if not self.failed:
             self.failed = True
-            self.say(f"W&B: could not {doing} ({type(e).__name__}: {first_line(e)}); going on without it")
+            self.info(f"W&B: could not {doing} ({type(e).__name__}: {first_line(e)}); continuing without it")
 
 
 def _lost(folder: Path) -> str:
-    """Why W&B's process, which keeps that to itself, could not write the run's file; empty if it could."""
+    """Why W&B's process could not write the run's file, from its log; empty if it could."""
     try:
         with (folder / "logs" / "debug-internal.log").open(errors="replace") as f:
             found = next((line for line in f if "failed to save record" in line), "")
@@ -126,7 +126,7 @@ def _lost(folder: Path) -> str:
 
 
 def _mode(wandb: Any) -> tuple[str, str]:
-    """('online', 'offline' or 'disabled', why), found out without asking the user."""
+    """('online', 'offline' or 'disabled', reason), without prompting the user."""
     import requests
 
     chosen = os.environ.get("WANDB_MODE")

@@ -1,4 +1,4 @@
-"""Weights that a new run starts from: a checkpoint's, GPT-2's, and dense ones turned into experts."""
+"""Build models from weights: a checkpoint's, GPT-2's, and dense weights turned into experts."""
 
 from __future__ import annotations
 
@@ -13,60 +13,89 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model import GPT, GPTConfig, MLPExperts
-from trainer import checkpoint as checkpoints
+from chronomoe import ChronoConfig
+from model import GPT, GPT2_MODELS, DenseConfig, GPTConfig
+from ops.experts import MLPExperts
+from trainer import checkpoint
 from trainer.errors import UserError, first_line
 from trainer.settings import PREFIX, names_with_role
 
 HUB = "huggingface.co"
-GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-SHAPE = names_with_role("model")
-STATE = "router_state."  # how the names of the loop's state in a model's state dict begin
-OF_DENSE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "chrono")
-# GPTConfig's arguments that a dense checkpoint does not decide: its MLPs may be turned into experts
-OF_EXPERTS = tuple(f.name for f in dataclasses.fields(GPTConfig) if f.name not in OF_DENSE)
-BY_NAME = ("scratch", "resume", "auto", *GPT2)
+HUB_TIMEOUT = 3.0  # seconds
+COMPILED = "_orig_mod."  # prefix of the weights that nanoMoE saves from a compiled model
+STATE = "router_state."  # prefix of the loop's state in a model's state dict
+SOURCES = ("scratch", "resume", "auto", *GPT2_MODELS)
+FIELDS = {f.name for f in dataclasses.fields(GPTConfig)}
+# GPTConfig's fields that a dense checkpoint does not fix: its MLPs can be turned into experts
+EXPERT_FIELDS = FIELDS - {f.name for f in dataclasses.fields(DenseConfig)} - {"chrono"}
+
+Weights = dict[str, Tensor]
 
 
-def find(source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(weights by name, settings) of GPT-2 by name, or of a checkpoint file or folder.
-
-    The weights of a checkpoint include the loop's state. The settings are GPTConfig's arguments and, of a checkpoint,
-    the loop's. A folder may hold a run, or GPT-2's weights as transformers saves them. Raises UserError if there are
-    none.
-    """
-    path = Path(source)
-    if source in GPT2 or all(os.path.isfile(path / name) for name in ("config.json", "model.safetensors")):
-        return _gpt2(source)
-    if os.path.isdir(path):
-        path = path / checkpoints.NAME
-    try:
-        saved = checkpoints.load(path)
-    except FileNotFoundError:
-        near = difflib.get_close_matches(source, BY_NAME, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"it is one of {', '.join(map(repr, BY_NAME))}, or a file"
-        raise UserError(f"init_from={source!r}: there is no checkpoint {path}; {hint}") from None
-    except checkpoints.Damaged as e:
-        raise UserError(f"{path} is damaged: {e}") from None
+def build_model(saved: dict[str, Any], source: str) -> GPT:
+    """Build the model of a checkpoint of this program or of nanoMoE, on the CPU. Raises UserError."""
     config = saved.get("config")
     config = config if isinstance(config, dict) else {}
-    fields = {f.name for f in dataclasses.fields(GPTConfig)}
-    found = {k: v for k, v in config.items() if k in fields or k.startswith(PREFIX)} | saved["model_args"]
-    return plain_names(saved["model"]), found
+    try:
+        names = [f.name for f in dataclasses.fields(ChronoConfig) if PREFIX + f.name in config]
+        chrono = ChronoConfig(**{name: config[PREFIX + name] for name in names})
+        shape = {name: value for name, value in saved["model_args"].items() if name in FIELDS - {"chrono"}}
+        model = GPT(GPTConfig(**shape, chrono=chrono))
+        model.load_state_dict(complete_weights(saved["model"], model))
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
+        raise UserError(f"{source} does not fit its own settings: {' '.join(str(e).split()[:40])}") from None
+    return model
 
 
-def plain_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights by name, without the prefix under which nanoMoE saves a compiled model."""
-    return {name.removeprefix("_orig_mod."): value for name, value in weights.items()}
+def complete_weights(weights: Weights, model: GPT) -> Weights:
+    """The weights of a checkpoint under this program's names; nanoMoE's get the model's initial loop state."""
+    plain = {name.removeprefix(COMPILED): value for name, value in weights.items()}
+    return model.router_state.state_dict(prefix=STATE) | plain
 
 
-def without_state(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights by name, without the loop's state."""
+def find_weights(source: str) -> tuple[Weights, dict[str, Any]]:
+    """(weights, settings) of GPT-2 by name, or of a checkpoint file or folder.
+
+    The weights of a checkpoint include the loop's state. The settings are GPTConfig's arguments and, for a checkpoint,
+    the loop's. A folder may hold a run, or a GPT-2 as saved by transformers. Raises UserError if there are none.
+    """
+    if is_gpt2(source):
+        return _gpt2(source)
+    saved = load_checkpoint(source)
+    config = saved.get("config")
+    config = config if isinstance(config, dict) else {}
+    settings = {k: v for k, v in config.items() if k in FIELDS or k.startswith(PREFIX)} | saved["model_args"]
+    return {name.removeprefix(COMPILED): value for name, value in saved["model"].items()}, settings
+
+
+def is_gpt2(source: str) -> bool:
+    """Whether `source` names a GPT-2, or a folder with one as saved by transformers."""
+    files = ("config.json", "model.safetensors")
+    return source in GPT2_MODELS or all(os.path.isfile(Path(source) / name) for name in files)
+
+
+def load_checkpoint(source: str) -> dict[str, Any]:
+    """Load the checkpoint in a file or in a run's folder. Raises UserError if there is none."""
+    path = Path(source)
+    if os.path.isdir(path):
+        path = path / checkpoint.NAME
+    try:
+        return checkpoint.load(path)
+    except FileNotFoundError:
+        near = difflib.get_close_matches(source, SOURCES, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"it is one of {', '.join(map(repr, SOURCES))}, or a path"
+        raise UserError(f"init_from={source!r}: there is no checkpoint {path}; {hint}") from None
+    except checkpoint.Damaged as e:
+        raise UserError(f"{path} is damaged: {e}") from None
+
+
+def without_state(weights: Weights) -> Weights:
+    """The weights without the loop's state."""
     return {name: value for name, value in weights.items() if not name.startswith(STATE)}
 
 
-def digest(weights: dict[str, Tensor]) -> str:
-    """SHA-256 of the names, types, shapes and bytes of weights, in the order of their names."""
+def weights_sha256(weights: Weights) -> str:
+    """SHA-256 of the names, dtypes, shapes and bytes of weights, in the order of their names."""
     sha256 = hashlib.sha256()
     for name, value in sorted(weights.items()):
         sha256.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
@@ -74,11 +103,10 @@ def digest(weights: dict[str, Tensor]) -> str:
     return sha256.hexdigest()
 
 
-def _gpt2(source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    if source in GPT2 and not _reachable(HUB):
-        os.environ["HF_HUB_OFFLINE"] = (
-            "1"  # what is in the cache, or an error at once instead of half a minute of retries
-        )
+def _gpt2(source: str) -> tuple[Weights, dict[str, Any]]:
+    if source in GPT2_MODELS and not _is_reachable(HUB):
+        # use the cache, or fail at once instead of retrying for half a minute
+        os.environ["HF_HUB_OFFLINE"] = "1"
     try:
         model = GPT.from_pretrained(source)
     except ImportError:
@@ -88,29 +116,28 @@ def _gpt2(source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"init_from={source!r}: GPT-2's weights cannot be loaded ({type(e).__name__}: {first_line(e)}); without a "
             "network save them elsewhere with transformers' save_pretrained and give the folder as init_from"
         ) from None
-    args = {name: value for name, value in vars(model.config).items() if name in ("vocab_size", *SHAPE)}
-    return without_state(model.state_dict()), args
+    shape = ("vocab_size", *names_with_role("model"))
+    return without_state(model.state_dict()), {k: v for k, v in vars(model.config).items() if k in shape}
 
 
-def _reachable(host: str) -> bool:
+def _is_reachable(host: str) -> bool:
     try:
-        socket.create_connection((host, 443), timeout=3).close()
+        socket.create_connection((host, 443), timeout=HUB_TIMEOUT).close()
     except OSError:
         return False
     return True
 
 
-def put(weights: dict[str, Tensor], source: str, model: GPT) -> list[str]:
-    """Load weights into a model of the same shape, or one with a shorter context or experts in place of dense MLPs.
+def start_from(weights: Weights, source: str, model: GPT) -> list[str]:
+    """Load weights into a new model, which may have a shorter context, or experts in place of dense MLPs.
 
-    The loop's state is loaded if it is among the weights.
-    Returns lines on what was done. An expert starts as the dense MLP of its block (sparse upcycling, arXiv 2212.05055),
-    so before training the model computes what the dense one does if its gates sum to 1 (norm_topk_prob=True); its
-    router starts as it was initialised.
-    Raises UserError if they do not fit.
+    Each expert starts as a copy of the dense MLP of its block (sparse upcycling, arXiv 2212.05055), so before training
+    the model computes what the dense model does, if its gates sum to 1 (norm_topk_prob=True). The router keeps its
+    initial weights. The loop's state is loaded if it is among the weights.
+
+    Returns notes for the user. Raises UserError if the weights do not fit.
     """
-    own = model.state_dict()
-    found = dict(weights)
+    found = complete_weights(weights, model)
     upcycled = 0
     for name, module in model.named_modules():
         if isinstance(module, MLPExperts) and f"{name}.c_fc" not in found:
@@ -118,21 +145,20 @@ def put(weights: dict[str, Tensor], source: str, model: GPT) -> list[str]:
     positions = found.get("transformer.wpe.weight")
     if positions is not None:
         found["transformer.wpe.weight"] = positions[: model.config.block_size]
-    fresh = [name for name in own if name not in found]
-    allowed = [n for n in fresh if n.startswith(STATE) or (upcycled and ".router." in n)]
-    if fresh != allowed:
-        lacking = next(name for name in fresh if name not in allowed)
-        raise UserError(f"init_from={source!r} does not fit the model: it lacks {lacking}")
+    own = model.state_dict()
+    routers = {name: value for name, value in own.items() if upcycled and ".router." in name}
+    lacking = [name for name in own if name not in found and name not in routers]
+    if lacking:
+        raise UserError(f"init_from={source!r} does not fit the model: it lacks {lacking[0]}")
     try:
-        model.load_state_dict(own | found)
+        model.load_state_dict(routers | found)
     except RuntimeError as e:
-        reason = " ".join(str(e).split()[:40])
-        raise UserError(f"init_from={source!r} does not fit the model: {reason}") from None
+        raise UserError(f"init_from={source!r} does not fit the model: {' '.join(str(e).split()[:40])}") from None
     return [f"{upcycled} dense MLPs became {model.config.n_exp} experts each"] if upcycled else []
 
 
-def _upcycle(found: dict[str, Tensor], mlp: str, config: GPTConfig) -> bool:
-    """Replace a block's dense MLP by that many copies of it, in `found`."""
+def _upcycle(found: Weights, mlp: str, config: GPTConfig) -> bool:
+    """Replace the dense MLP of a block by copies of it, in `found`. Returns whether there was one."""
     dense = {"c_fc": "c_fc.weight", "c_proj": "c_proj.weight", "fc_bias": "c_fc.bias", "proj_bias": "c_proj.bias"}
     if f"{mlp}.c_fc.weight" not in found:
         return False

@@ -17,8 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from trainer.corpus import Document, look_of, read_options, write_corpus
-from trainer.errors import UserError, first_line, run
+from trainer.corpus import Document, read_options, stat_fingerprint, write_corpus
+from trainer.errors import UserError, first_line, run_script
 from trainer.files import parse_json
 from trainer.tokenizer import encoding_for
 
@@ -72,7 +72,7 @@ def file_documents(path: Path) -> Iterator[Document]:
 def main(arguments: list[str]) -> None:
     options = read_options(arguments, __doc__, HERE, ("input",))
     if options.input:
-        look, total = look_of([(options.input.name, options.input)])
+        look, total = stat_fingerprint([(options.input.name, options.input)])
         about = {"dataset": "openwebtext", "source": options.input.name, "inputs": look}
         documents = file_documents(options.input)
     else:
@@ -82,4 +82,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

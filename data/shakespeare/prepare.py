@@ -14,9 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from trainer.corpus import by_position, look_of, read_options, write_corpus
+from trainer.corpus import by_position, read_options, stat_fingerprint, write_corpus
 from trainer.download import fetch
-from trainer.errors import run
+from trainer.errors import run_script
 from trainer.tokenizer import encoding_for
 
 HERE = Path(__file__).resolve().parent
@@ -26,10 +26,10 @@ URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshake
 def main(arguments: list[str]) -> None:
     options = read_options(arguments, __doc__, HERE, ("input",))
     path = options.input or fetch(URL, HERE / "input.txt", "1.1 MB")
-    look, total = look_of([(path.name, path)])
+    look, total = stat_fingerprint([(path.name, path)])
     about = {"dataset": "shakespeare", "source": path.name, "inputs": look}
     write_corpus(options.out, by_position(path), encoding_for("gpt2"), about, options.jobs, options.force, total)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -15,9 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from trainer.corpus import Characters, by_position, look_of, read_options, texts_of, write_corpus
+from trainer.corpus import Characters, by_position, read_options, stat_fingerprint, texts_of, write_corpus
 from trainer.download import fetch
-from trainer.errors import run
+from trainer.errors import run_script
 
 HERE = Path(__file__).resolve().parent
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -26,11 +26,11 @@ URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshake
 def main(arguments: list[str]) -> None:
     options = read_options(arguments, __doc__, HERE, ("input",))
     path = options.input or fetch(URL, HERE / "input.txt", "1.1 MB")
-    look, total = look_of([(path.name, path)])
+    look, total = stat_fingerprint([(path.name, path)])
     encoding = Characters(texts_of(path))
     about = {"dataset": "shakespeare_char", "source": path.name, "inputs": look, "characters": encoding.characters}
     write_corpus(options.out, by_position(path), encoding, about, options.jobs, options.force, total)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

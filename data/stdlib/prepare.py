@@ -21,7 +21,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from trainer.corpus import replace_dataset, tokens_in
-from trainer.errors import UserError, run
+from trainer.errors import UserError, run_script
 from trainer.tokenizer import BYTE_TOKENIZER, END_OF_TEXT, byte_encoding
 
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -76,4 +76,4 @@ def _write_tokens(files: dict[str, BinaryIO], root: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(lambda arguments: prepare(Path(__file__).resolve().parent))
+    run_script(lambda arguments: prepare(Path(__file__).resolve().parent))

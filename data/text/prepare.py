@@ -20,8 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from trainer.corpus import Document, look_of, read_options, texts_of, write_corpus
-from trainer.errors import UserError, run
+from trainer.corpus import Document, read_options, stat_fingerprint, texts_of, write_corpus
+from trainer.errors import UserError, run_script
 from trainer.tokenizer import BYTE_TOKENIZER, GPT2_TOKENIZER, encoding_for
 
 HERE = Path(__file__).resolve().parent
@@ -63,7 +63,7 @@ def main(arguments: list[str]) -> None:
     if options.tokenizer not in (BYTE_TOKENIZER, GPT2_TOKENIZER):
         raise UserError(f"--tokenizer={options.tokenizer} can be {BYTE_TOKENIZER} or {GPT2_TOKENIZER}")
     encoding = encoding_for(options.tokenizer)
-    look, total = look_of(files_of(options.sources, options.out))
+    look, total = stat_fingerprint(files_of(options.sources, options.out))
     left_out = []
 
     def documents() -> Iterator[Document]:
@@ -84,4 +84,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

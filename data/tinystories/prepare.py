@@ -15,9 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from trainer.corpus import Document, look_of, read_options, texts_of, write_corpus
+from trainer.corpus import Document, read_options, stat_fingerprint, texts_of, write_corpus
 from trainer.download import fetch
-from trainer.errors import UserError, run
+from trainer.errors import UserError, run_script
 from trainer.tokenizer import END_OF_TEXT, encoding_for
 
 HERE = Path(__file__).resolve().parent
@@ -47,11 +47,11 @@ def main(arguments: list[str]) -> None:
         paths = {split: options.input / name for split, (name, _) in FILES.items()}
     else:
         paths = {split: fetch(f"{URL}/{name}", HERE / name, size) for split, (name, size) in FILES.items()}
-    look, total = look_of((path.name, path) for path in paths.values())
+    look, total = stat_fingerprint((path.name, path) for path in paths.values())
     documents = (Document([story], split=split) for split, path in paths.items() for story in stories(path))
     about = {"dataset": "tinystories", "source": "TinyStoriesV2-GPT4", "inputs": look}
     write_corpus(options.out, documents, encoding_for("gpt2"), about, options.jobs, options.force, total)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -1,0 +1,1 @@
+"""What several test files share. None of these modules holds tests."""

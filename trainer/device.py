@@ -1,0 +1,55 @@
+"""Resolve the settings `device` and `dtype`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from trainer.distributed import World
+from trainer.errors import UserError
+
+Autocast = Callable[[], AbstractContextManager[object]]
+
+
+def device_name(name: str) -> str:
+    """The name of the device; 'auto' is CUDA if available, else the CPU."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def select_device(name: str, world: World | None = None) -> torch.device:
+    """The device of that name ('auto': CUDA if available, else the CPU); with several ranks the rank's own GPU.
+
+    Raises UserError if it is not available.
+    """
+    name = device_name(name)
+    if name == "cuda" and world is not None and world.world_size > 1:
+        name = f"cuda:{world.local_rank}"
+        torch.cuda.set_device(name)
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError):
+        raise UserError(f"device={name!r} is not available here; use --device=cpu or --device=auto") from None
+    return device
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> str:
+    """The dtype of forward; 'auto': bfloat16 or float16 on CUDA, else float32. Raises UserError if unsupported."""
+    if dtype == "auto":
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        dtype = "bfloat16" if bf16 else "float16" if device.type == "cuda" else "float32"
+    if device.type != "cuda" and dtype != "float32":
+        raise UserError(f"dtype={dtype!r} needs CUDA; on {device} use --dtype=float32")
+    return dtype
+
+
+def autocast_context(dtype: str, device: torch.device) -> Autocast:
+    """The context to run forward in. On CUDA it also enables TF32 for float32 matmuls, as nanoMoE does."""
+    if device.type != "cuda":
+        return nullcontext
+    torch.set_float32_matmul_precision("high")
+    if dtype == "float32":
+        return nullcontext
+    return lambda: torch.autocast(device.type, dtype=getattr(torch, dtype))
