@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -175,25 +175,29 @@ class Block(nn.Module):
         return x + y, trace
 
 
+class Transformer(nn.Module):
+    """Embeddings, blocks and final norm, by nanoGPT's names."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        moe_blocks = config.moe_blocks
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config, use_moe=i in moe_blocks) for i in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+
+
 class GPT(nn.Module):
     """The language model. `generator` draws the initial weights; None: torch's global generator."""
 
     def __init__(self, config: GPTConfig, generator: torch.Generator | None = None):
         super().__init__()
         self.config = config
-        moe_blocks = config.moe_blocks
-        self.transformer = nn.ModuleDict(
-            dict(
-                wte=nn.Embedding(config.vocab_size, config.n_embd),
-                wpe=nn.Embedding(config.block_size, config.n_embd),
-                drop=nn.Dropout(config.dropout),
-                h=nn.ModuleList(Block(config, use_moe=i in moe_blocks) for i in range(config.n_layer)),
-                ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
-            )
-        )
+        self.transformer = Transformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight
-        self.router_state = RouterState(len(moe_blocks), config.n_exp, config.chrono)
+        self.router_state = RouterState(len(config.moe_blocks), config.n_exp, config.chrono)
         self._init_weights(generator)
 
     @torch.no_grad()
@@ -305,7 +309,8 @@ class GPT(nn.Module):
         if block_size > self.config.block_size:
             raise ValueError(f"block_size={block_size} is more than the model's {self.config.block_size}")
         self.config.block_size = block_size
-        self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].detach().clone())
+        positions = self.transformer.wpe
+        positions.weight = nn.Parameter(positions.weight[:block_size].detach().clone())
 
     @classmethod
     def from_pretrained(cls, model_type: str, override_args: dict | None = None) -> GPT:
@@ -323,7 +328,7 @@ class GPT(nn.Module):
 
         hugging_face = GPT2LMHeadModel.from_pretrained(model_type)
         c = hugging_face.config
-        shape = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, vocab_size=c.vocab_size)
+        shape: dict[str, Any] = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, vocab_size=c.vocab_size)
         model = cls(GPTConfig(block_size=c.n_positions, bias=True, **shape, **override_args))
         theirs = hugging_face.state_dict()
         ours = dict(model.named_parameters(remove_duplicate=False))

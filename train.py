@@ -64,7 +64,7 @@ def train(run: Run) -> bool:
         timer.steps += 1
         log.advance()
 
-        line = {"step": next_step}
+        line: Line = {"step": next_step}
         if is_logged:
             line |= step_metrics(run, result, lr, timer.ms_per_step()) | run.loop.read()
             log.decisions(run.loop.report())

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from chronomoe.config import ChronoConfig
 from chronomoe.state import StateModule
-from chronomoe.trace import MoETrace
+from chronomoe.trace import MoETrace, required
 
 CLOCKS = ("fast", "mid", "slow")
 
@@ -54,9 +54,16 @@ def coherence(output: Tensor, gated_output: Tensor, reference: str) -> Tensor:
 class CoherenceBuffer(StateModule):
     """The three EMAs of phi and the counts of observations, for all L layers, on the device.
 
-    Buffers [L, E]: phi_fast, phi_mid, phi_slow (raw EMAs; use `phi` to read them), update_count, total_tokens_seen,
-    last_update_step (-1: never). Buffer []: step, the number of steps taken.
+    Use `phi` to read the EMAs.
     """
+
+    phi_fast: Tensor  # [L, E] EMA of phi, not corrected for its start at zero
+    phi_mid: Tensor  # [L, E]
+    phi_slow: Tensor  # [L, E]
+    update_count: Tensor  # [L, E] int64
+    total_tokens_seen: Tensor  # [L, E] int64
+    last_update_step: Tensor  # [L, E] int64, -1 before the first token
+    step: Tensor  # [] int64, number of steps taken
 
     def __init__(self, num_layers: int, num_experts: int, config: ChronoConfig):
         super().__init__()
@@ -73,15 +80,17 @@ class CoherenceBuffer(StateModule):
     def update(self, trace: MoETrace, ok: Tensor) -> None:
         """Update the experts that received tokens. Where `ok` [] bool is False only `step` advances."""
         self.step += 1
-        phi_raw = coherence(trace.output, trace.gated_output, self.config.reference)
-        active = ok & (trace.kept_per_expert > 0) & (phi_raw.abs() < torch.inf)
+        output, gated_output = required(trace.output), required(trace.gated_output)
+        kept_per_expert = required(trace.kept_per_expert)
+        phi_raw = coherence(output, gated_output, self.config.reference)
+        active = ok & (kept_per_expert > 0) & (phi_raw.abs() < torch.inf)
         phi_raw = torch.where(active, phi_raw, 0.0).to(self.phi_slow.dtype)
         moves = active.to(phi_raw.dtype)
         for clock in CLOCKS:
             # a weight of 0 leaves the EMA unchanged
             getattr(self, f"phi_{clock}").lerp_(phi_raw, moves * (1 - getattr(self.config, f"alpha_{clock}")))
         self.update_count += active
-        self.total_tokens_seen += (trace.kept_per_expert * active).long()
+        self.total_tokens_seen += (kept_per_expert * active).long()
         self.last_update_step.copy_(torch.where(active, self.step, self.last_update_step))
 
     def phi(self, clock: str) -> Tensor:

@@ -35,10 +35,13 @@ class PruneDecision:
 class LifecycleCoordinator(StateModule):
     """Applies the prune rules at each step on the device and stores which candidates are open.
 
-    Buffers [2, L, E], the first dimension by REASONS: open (bool); since (int64), step of the last change; reported
-    (bool), value of `open` at the last report. A candidate that opens and is withdrawn between two reports is not
-    reported.
+    A candidate that opens and is withdrawn between two reports is not reported.
     """
+
+    # the first dimension is that of REASONS
+    open: Tensor  # [2, L, E] bool
+    since: Tensor  # [2, L, E] int64, step of the last change
+    reported: Tensor  # [2, L, E] bool, value of `open` at the last report
 
     def __init__(self, num_layers: int, num_experts: int, config: ChronoConfig):
         super().__init__()

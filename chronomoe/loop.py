@@ -102,9 +102,9 @@ class ChronoLoop:
         states = {}
         for layer, block in enumerate(self.layer_ids):
             for expert, (last, tokens, observed) in enumerate(seen[layer]):
-                phi = phis[layer][expert] if last >= 0 else [None] * len(CLOCKS)
+                fast, mid, slow = phis[layer][expert] if last >= 0 else [None] * len(CLOCKS)
                 states[block, expert] = CoherenceState(
-                    expert_id(block, expert), block, *phi, last, tokens, bool(observed)
+                    expert_id(block, expert), block, fast, mid, slow, last, tokens, bool(observed)
                 )
         return states
 

@@ -122,7 +122,7 @@ def options_of(owner: type, prefix: str = "") -> Mapping[str, Option]:
 
 def check_options(instance: Any) -> None:
     """Convert a dataclass instance's options to their types. Raises ValueError for a wrong type or range."""
-    for name, declared in options_of(type(instance)).items():
+    for name, declared in options_of(type(instance)).items():  # type: ignore[arg-type]
         value = getattr(instance, name)
         if getattr(value, "size", None) == 1 and hasattr(value, "item"):
             value = value.item()  # a numpy scalar

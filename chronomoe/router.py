@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from chronomoe.bridge import compute_relevance, disagreement_per_token
 from chronomoe.config import ChronoConfig
 from chronomoe.state import StateModule, widened
-from chronomoe.trace import MoETrace
+from chronomoe.trace import MoETrace, required
 
 
 class RouterBias(NamedTuple):
@@ -36,14 +36,15 @@ class RouterBias(NamedTuple):
 class RouterState(StateModule):
     """beta and its scale, for all L MoE layers.
 
-    Buffers:
-        beta_coeff: [L, E], in units of logit_std.
-        logit_std: [L], EMA of the standard deviation of the noise-free logits over the experts (divisor E - 1), pooled
-            over tokens; 1 before the first observation.
-        disagreement: [L], of the last step, at full strength.
-        relevance: [L], r, computed from disagreement.
-        updates: [], number of observations of logit_std.
+    logit_std is the EMA of the standard deviation of the noise-free logits over the experts (divisor E - 1), pooled
+    over tokens; 1 before the first observation.
     """
+
+    beta_coeff: Tensor  # [L, E] in units of logit_std
+    logit_std: Tensor  # [L]
+    disagreement: Tensor  # [L] of the last step, at full strength
+    relevance: Tensor  # [L] r, computed from disagreement
+    updates: Tensor  # [] int64, number of observations of logit_std
 
     def __init__(self, num_layers: int, num_experts: int, config: ChronoConfig):
         super().__init__()
@@ -70,7 +71,7 @@ class RouterState(StateModule):
     def update(self, trace: MoETrace, ok: Tensor) -> None:
         """Update from one step's trace. Where `ok` [] bool is False nothing changes."""
         config = self.config
-        std = (trace.logit_var / trace.tokens).sqrt()
+        std = (required(trace.logit_var) / trace.tokens).sqrt()
         # the first observation has a weight of 1
         weight = (self.updates == 0).to(std.dtype).clamp_min(1 - config.logit_std_alpha)
         # a logit of -inf has a variance that is not finite, while loss and gradient are finite
@@ -78,7 +79,7 @@ class RouterState(StateModule):
         self.logit_std.lerp_(torch.where(good, std, self.logit_std), weight)
         self.updates += ok
         if config.bridge:
-            seen = trace.disagreement / trace.tokens
+            seen = required(trace.disagreement) / trace.tokens
             self.disagreement.copy_(torch.where(ok & (seen < torch.inf), seen, self.disagreement))
             self.relevance.copy_(compute_relevance(self.disagreement, config.disagreement_threshold))
 
@@ -106,7 +107,7 @@ class ChronoRouter(nn.Module):
         num_experts: E.
         top_k: K, experts per token, 1 to E.
         config: settings of the loop.
-        norm_topk_prob: True: gates are the softmax over the K chosen logits. False: the softmax over all E. With True and
+        norm_topk_prob: True: gates are the softmax over the K chosen logits. False: over all E logits. With True and
             top_k=1 every gate is 1, so W_g receives no gradient through the gates.
         noisy: add learnt noise to the logits in training (https://arxiv.org/abs/1701.06538, eq. 4).
         full_precision: compute the logits in float32 under autocast (https://arxiv.org/abs/2101.03961, section 2.4).

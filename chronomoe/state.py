@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -12,8 +14,10 @@ class StateModule(nn.Module):
     In bfloat16 an EMA with factor 0.999 stalls: its increments are below half a unit in the last place.
     """
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StateModule:
         for name, old in self._buffers.items():
+            if old is None:
+                continue
             new = fn(old)
             narrowed = old.is_floating_point() and new.dtype.itemsize < 4
             self._buffers[name] = old.to(new.device) if narrowed else new

@@ -10,6 +10,7 @@ Shapes: L MoE layers, E experts, N tokens, K top_k.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,12 +47,14 @@ def collect_trace(
         logged: False leaves out the fields that are only logged.
     """
     losses = [loss.detach() for loss in (cross_entropy, aux_loss, router_z_loss)]
-    sums = routing_sums(routings, config, logged) if routings else {}
+    sums: dict[str, Any] = routing_sums(routings, config, logged) if routings else {}
     if routings:
         sums["kept_per_expert"] = torch.stack(list(kept_per_expert)) if kept_per_expert else sums["tokens_per_expert"]
     if outputs:
         sums["output"], sums["gated_output"] = torch.stack(list(outputs), dim=1).unbind(0)
-    return MoETrace(torch.full_like(losses[0], tokens), torch.ones_like(losses[0]), *losses, **sums)
+    counts: dict[str, Any] = {"tokens": torch.full_like(losses[0], tokens), "batches": torch.ones_like(losses[0])}
+    names = ("cross_entropy", "aux_loss", "router_z_loss")
+    return MoETrace(**counts | dict(zip(names, losses)) | sums)
 
 
 @torch.no_grad()

@@ -6,12 +6,20 @@ Shapes: L MoE layers, E experts, D model width.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
 # Fields that are only logged. They do not affect state, and forward leaves them out with logged=False.
 LOGGED = frozenset({"prob", "js", "overlap", "flip", "flip_set", "relevance"})
+
+
+def required(x: Tensor | None) -> Tensor:
+    """A field of a trace that must be there. Raises ValueError if it is None."""
+    if x is None:
+        raise ValueError("the trace lacks a field that this step of the loop needs")
+    return x
 
 
 @dataclass
@@ -51,7 +59,8 @@ class MoETrace:
 
     def __add__(self, other: MoETrace) -> MoETrace:
         mine, theirs = self.present(), other.present()
-        return MoETrace(**{name: value + theirs[name] for name, value in mine.items()})
+        sums: dict[str, Any] = {name: value + theirs[name] for name, value in mine.items()}
+        return MoETrace(**sums)
 
     def summed_over_ranks(self) -> MoETrace:
         """Sum over ranks. Returns self if already reduced, or without torch.distributed.
@@ -61,7 +70,7 @@ class MoETrace:
         if self.is_reduced or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return self
         present = self.present()
-        summed = {}
+        summed: dict[str, Any] = {}
         # Logged fields are reduced separately: the rounding of a sum depends on its offset in the reduced tensor.
         for names in (present.keys() - LOGGED, present.keys() & LOGGED):
             values = {name: value for name, value in present.items() if name in names}

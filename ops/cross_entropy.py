@@ -60,7 +60,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 p = z.sub_(largest).exp_()  # softmax times `size`
                 size = p.sum(-1, keepdim=True)
                 total += ((largest + size.log() - z_target) * mask).sum()
-                if with_grad:
+                if dx is not None and dw is not None:
                     # gradient of the logits; backward multiplies by 1 / count
                     p.mul_(mask / size).scatter_add_(-1, place, -mask.to(p.dtype))
                     dz = p.to(dtype)
@@ -77,7 +77,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total / count
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives()
         dx, dw, count = ctx.saved_tensors
         factor = grad / count

@@ -1,9 +1,9 @@
 """Send tokens to experts and back, by one stable sort.
 
 A slot is a (token, choice) pair. Slots are in choice-major order: slot k * N + n is the k-th choice of token n. A
-stable sort of the slots by expert puts the rows of each expert next to each other, first choices before second choices, which
-is the order in which nanoMoE fills an expert's capacity. Forward and backward only gather, in both directions: there
-are no atomics, so results are deterministic, and no [N, E, capacity] tensor.
+stable sort of the slots by expert puts the rows of each expert next to each other, first choices before
+second choices, the order in which nanoMoE fills an expert's capacity. Forward and backward only gather, in both
+directions: there are no atomics, so results are deterministic, and no [N, E, capacity] tensor.
 
 Slots over capacity are computed and weighted by zero: a capacity changes what is learnt, not the cost of a step.
 
@@ -52,7 +52,7 @@ class _ToExperts(torch.autograd.Function):
         return x.index_select(0, order % len(x))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (inverse,) = ctx.saved_tensors
         by_choice = grad.index_select(0, inverse).view(-1, ctx.num_tokens, grad.shape[-1])
         return by_choice.sum(0), None, None
@@ -72,7 +72,7 @@ class _FromExperts(torch.autograd.Function):
         return out.to(rows.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, gates, order, inverse = ctx.saved_tensors
         num_tokens, top_k = gates.shape
         grad_rows = grad.index_select(0, order % num_tokens)

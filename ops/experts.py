@@ -81,8 +81,8 @@ class MLPExperts(nn.Module):
 class _ExpertLoop(torch.autograd.Function):
     """The experts one after the other.
 
-    The backward is written out so that each expert's gradient goes to its slice of the gradient of all experts; autograd
-    would build a second tensor of that size. An expert's hidden rows are still in the cache when they are used.
+    The backward is written out so that the gradient of each expert goes to its slice of that of all experts; autograd
+    would build a second tensor of that size. The hidden rows of an expert are still in the cache when they are used.
     """
 
     @staticmethod
@@ -109,7 +109,7 @@ class _ExpertLoop(torch.autograd.Function):
         return torch.cat(out)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives()
         rows, c_fc, c_proj, *saved = ctx.saved_tensors
         hidden, active = saved[: len(c_fc)], saved[len(c_fc) :]

@@ -12,7 +12,7 @@ import os
 import pickle
 import zipfile
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 
@@ -35,7 +35,7 @@ def write(out_dir: Path, state: dict[str, Any], is_best: bool = False) -> None:
     path = out_dir / NAME
     with atomic_write(path) as f:
         hashing = _Hashing(f)
-        torch.save(state, hashing)
+        torch.save(state, cast(BinaryIO, hashing))  # it needs only write and flush
         digest = DIGEST + hashing.sha256.hexdigest().encode()
         f.seek(-COMMENT_LENGTH, os.SEEK_END)
         f.write(len(digest).to_bytes(COMMENT_LENGTH, "little") + digest)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from trainer.errors import UserError, first_line
@@ -124,9 +125,11 @@ def process_group(device_type: str, backend: str) -> Iterator[World]:
             "ranks on a host than it has GPUs (--nproc_per_node)"
         )
     try:
-        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=TIMEOUT))
+        store, _, _ = next(rendezvous("env://", rank, world_size, timeout=TIMEOUT))
         # torchrun's store survives a restart, with the keys of the earlier attempt
-        attempt = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        attempt = dist.PrefixStore(  # type: ignore[attr-defined]
+            f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store
+        )
         dist.init_process_group(backend, store=attempt, rank=rank, world_size=world_size, timeout=TIMEOUT)
         world = World(rank, world_size, local_rank)
     except (RuntimeError, ValueError) as e:

@@ -34,7 +34,7 @@ def atomic_writes(paths: list[Path], before: Callable[[], None] = lambda: None) 
     partials = [path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}") for path in paths]
     try:
         with contextlib.ExitStack() as opened:
-            files = [opened.enter_context(partial.open("wb")) for partial in partials]
+            files: list[BinaryIO] = [opened.enter_context(partial.open("wb")) for partial in partials]
             yield files
             for f in files:
                 f.flush()
@@ -192,7 +192,8 @@ def _hash_lines(path: Path, most: int) -> tuple[int, int, Any]:
 
 def _lines_in_order(lines: Iterable[bytes], upto: int, one_per_step: bool) -> Iterator[bytes]:
     """The lines that are JSON objects with a `step` of at most `upto`, in non-decreasing order of steps."""
-    last, of_last = -1, set()  # lines of the last step, to find repetitions
+    last = -1
+    of_last: set[bytes] = set()  # lines of the last step, to find repetitions
     for line in lines:
         try:
             step = parse_json(line)["step"] if line.endswith(b"\n") else None

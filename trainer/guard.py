@@ -71,7 +71,7 @@ class NonFiniteGuard:
         total, in_a_row, first_step = torch.stack([self.total, self.in_a_row, self.first_step]).tolist()
         if total == self.reported:
             return None
-        name = self.names[self.first_bad.nonzero()[0].item()]
+        name = self.names[int(self.first_bad.nonzero()[0].item())]
         found = Skipped(total - self.reported, total, in_a_row, first_step, name)
         self.reported = total
         self.first_step.fill_(-1)

@@ -186,7 +186,7 @@ def _saved_settings(saved: dict[str, Any], path: Path) -> dict[str, Any]:
     known = setting.keys()
     values = {key: setting.check(known[key], value, str(path)) for key, value in found.items() if key in known}
     threshold, signal = setting.PREFIX + "bridge_threshold", setting.PREFIX + "bridge_signal"
-    if threshold in values and values[threshold] == THRESHOLDS.get(values.get(signal)):
+    if threshold in values and values[threshold] == THRESHOLDS.get(str(values.get(signal))):
         values[threshold] = None  # an older version saved the default value
     return values
 
@@ -228,8 +228,8 @@ def upgraded(saved: dict[str, Any], model: GPT) -> dict[str, Any]:
     chrono = saved.get("chrono")
     if chrono and "shuffled" not in chrono:
         # an older version did not save the permutation of signal 'shuffled'; it drew it from the run's seed
-        shape = chrono["coherence"]["phi_slow"].shape
+        num_layers, num_experts = chrono["coherence"]["phi_slow"].shape
         config = saved.get("config")
         seed = config.get("seed", 0) if isinstance(config, dict) else 0
-        saved["chrono"] = chrono | {"shuffled": {"follows": derangement(*shape, seed)}}
+        saved["chrono"] = chrono | {"shuffled": {"follows": derangement(num_layers, num_experts, seed)}}
     return saved

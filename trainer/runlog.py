@@ -185,7 +185,7 @@ class RunLog:
         if "val/loss" in v:
             parts.append(f"val {v['val/loss']:.4f}")
         if "time/tokens_per_s" in v:
-            parts += [f"{v['time/tokens_per_s']:,.0f} tok/s", f"left {self._time_left(v['step'])}"]
+            parts += [f"{v['time/tokens_per_s']:,.0f} tok/s", f"left {self._time_left(v['step'] or 0)}"]
         chrono = self.settings.chrono
         if any(name.startswith("beta/") for name in v):
             parts.append(f"beta {_range(v, 'beta/', '/min', '/max')}")

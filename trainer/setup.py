@@ -8,9 +8,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 
 from chronomoe import ChronoLoop
 from model import GPT, GPTConfig
@@ -43,7 +44,7 @@ class Run:
     interrupt: Interrupt
     device: torch.device
     model: GPT
-    forward: torch.nn.Module  # the model, compiled if `compile` is set
+    forward: nn.Module  # the model, compiled if `compile` is set
     loop: ChronoLoop
     guard: NonFiniteGuard
     training_step: TrainingStep
@@ -108,7 +109,7 @@ def set_up(given: dict[str, Any], world: World, interrupt: Interrupt, stack: con
     if s.compile:
         torch._dynamo.config.capture_scalar_outputs = True  # the loop over experts reads their token counts
         loop.compile()
-    forward = torch.compile(model) if s.compile else model
+    forward = cast(nn.Module, torch.compile(model)) if s.compile else model
     step = TrainingStep(
         model, optimizer, loop, guard, scaler,
         micro_batches=s.gradient_accumulation_steps // world.world_size,

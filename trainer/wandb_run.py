@@ -7,9 +7,11 @@ import queue
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from trainer.errors import first_line, skip_exit_handlers
+
+Mode = Literal["online", "offline", "disabled"]
 
 REACH_TIMEOUT = 3.0  # seconds to reach the server
 START_TIMEOUT = 10.0  # seconds for a server that is reached to start the run
@@ -72,7 +74,7 @@ class WandbRun:
     def log(self, values: dict[str, float | None]) -> None:
         """Log one step's values, which include `step`."""
         numbers = {k: v for k, v in values.items() if v is not None}
-        self.attempt("log", lambda wandb, run: run.log(numbers, step=int(values["step"])))
+        self.attempt("log", lambda wandb, run: run.log(numbers, step=int(numbers["step"])))
 
     def attempt(self, doing: str, action: Callable[[Any, Any], Any]) -> None:
         """Call action(wandb, run) in the thread, if W&B still works. doing: a verb for the message if it fails."""
@@ -125,13 +127,14 @@ def _lost(folder: Path) -> str:
     return found.rsplit(": ", 1)[-1].strip('"}\n')
 
 
-def _mode(wandb: Any) -> tuple[str, str]:
+def _mode(wandb: Any) -> tuple[Mode, str]:
     """('online', 'offline' or 'disabled', reason), without prompting the user."""
     import requests
 
     chosen = os.environ.get("WANDB_MODE")
-    if chosen in ("offline", "disabled"):
-        return chosen, f"WANDB_MODE={chosen}"
+    for mode in ("offline", "disabled"):
+        if chosen == mode:
+            return mode, f"WANDB_MODE={mode}"
     settings = wandb.setup().settings
     url = str(settings.base_url)
     if not (

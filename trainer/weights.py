@@ -99,7 +99,7 @@ def weights_sha256(weights: Weights) -> str:
     sha256 = hashlib.sha256()
     for name, value in sorted(weights.items()):
         sha256.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-        sha256.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        sha256.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return sha256.hexdigest()
 
 
