@@ -180,11 +180,10 @@ class Transformer(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        moe_blocks = config.moe_blocks
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
-        self.h = nn.ModuleList(Block(config, use_moe=i in moe_blocks) for i in range(config.n_layer))
+        self.h = nn.ModuleList(Block(config, use_moe=i in config.moe_blocks) for i in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
 
 
@@ -281,12 +280,11 @@ class GPT(nn.Module):
         if not return_trace:
             return logits, loss
         routings, kept, outputs = zip(*layers) if layers else ((), (), ())
-        losses = cross_entropy, aux_loss, router_z_loss
         trace = collect_trace(
             routings,
             self.config.chrono,
             idx.numel(),
-            *losses,
+            *(cross_entropy, aux_loss, router_z_loss),
             kept_per_expert=[k for k in kept if k is not None],
             outputs=[o for o in outputs if o is not None],
             logged=logged,
@@ -313,7 +311,7 @@ class GPT(nn.Module):
         positions.weight = nn.Parameter(positions.weight[:block_size].detach().clone())
 
     @classmethod
-    def from_pretrained(cls, model_type: str, override_args: dict | None = None) -> GPT:
+    def from_pretrained(cls, model_type: str, override_args: dict[str, Any] | None = None) -> GPT:
         """A dense GPT with OpenAI's GPT-2 weights, by transformers.
 
         model_type: one of GPT2_MODELS, or a folder in which transformers saved a GPT-2. override_args: `dropout`.

@@ -20,7 +20,7 @@ def option(
     *,
     role: str = "computed",
     needs: str | None = None,
-    choices: tuple | None = None,
+    choices: tuple[Any, ...] | None = None,
     above: float | None = None,
     least: float | None = None,
     below: float | None = None,
