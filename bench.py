@@ -1,44 +1,48 @@
-"""What the loop costs, and how close the MoE layer and the step around it are to what the machine can do.
+"""Measure the cost of the loop, and the MoE layer and the training step relative to what the machine can do.
 
-    python bench.py                        everything, 25 minutes on two cores
-    python bench.py --quick                the same at small sizes, to see that it runs
-    python bench.py step memory            some of it
-    python bench.py --json > bench.json    for a program; the tables go to the error output
-    python bench.py profile --against=../old    another checkout's step beside this one's
-    torchrun --standalone --nproc_per_node=2 bench.py    what ranks add to a step
+    python bench.py                        all parts, 25 minutes on two cores
+    python bench.py --quick                all parts at small sizes, to see that they run
+    python bench.py step memory            some parts
+    python bench.py --json > bench.json    results as JSON on stdout, tables on stderr
+    python bench.py profile --against=../old             also the training step of another checkout
+    torchrun --standalone --nproc_per_node=2 bench.py    what several ranks add to a step
 
-parts: layer    the MoE layer against a dense MLP of the same multiplications and one-hot dispatch
-       step     the five steps added one by one; all on against all off; statistics and loop by themselves
-       memory   peak memory of both
-       loop     cost against the number of layers and of experts
-       data     batches a second
-       rates    matmul rate, and the share of it that dense and MoE models reach; on CUDA kernels and waits
-       scaling  counts of operations, bytes and operators beside the formulas of docs/scaling.md
-       saving   how long a checkpoint holds training up
-       profile  where a step's time goes, and its floor (CPU)
+parts: layer    the MoE layer, a dense MLP with as many multiplications, and one-hot dispatch
+       step     the five steps added one by one; all on and all off; statistics and loop alone
+       memory   peak memory of layer and step
+       loop     cost by number of layers and of experts
+       data     batches per second
+       rates    matmul rate, and the share of it that dense and MoE models reach; on CUDA also kernels and waits
+       scaling  numbers of operations, bytes and operators, and the formulas of docs/scaling.md
+       saving   how long saving a checkpoint delays training
+       profile  time of a training step by operator, and its lower bound (CPU)
 
-Competitors are timed in turn within one run, so that a machine whose speed drifts slows them alike; layers in three
-processes. Printed are medians and the ratios to the first competitor with their middle half. A ratio is too noisy to
-tell if its 95% interval reaches further than 5%, or if a process has another one. On CUDA the experts run in bfloat16.
+Competitors take turns within one run, so that a change of the machine's speed affects all of them. Layers are timed in
+three processes. Tables show medians, and ratios to the first competitor with their interquartile range. A ratio is
+marked as noisy if its 95% interval is wider than 5% on either side, or if the processes disagree. On CUDA the experts
+run in bfloat16.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
 import shlex
 import time
+from dataclasses import dataclass
 
 import torch
 
 from benchmark import layer, loop, memory, profile, rates, scaling, step
 from benchmark.timing import Effort, Report
+from chronomoe.options import option, options_of, same_option
+from trainer import cli
 from trainer.device import select_device
 from trainer.distributed import process_group
 from trainer.environment import describe_environment
 from trainer.errors import UserError, run_script
+from trainer.settings import Settings
 
 PARTS = {
     "layer": layer.measure,
@@ -52,16 +56,24 @@ PARTS = {
 }
 
 
+@dataclass
+class Options:
+    """The options of bench.py."""
+
+    device: str = same_option(Settings, "device")
+    quick: bool = option(False, "small sizes and few turns")
+    seconds: float | None = option(None, "seconds per comparison; None: 12, with --quick 0.5", least=0)
+    json: bool = option(False, "print the results as JSON")
+    against: str | None = option(None, "folder of another checkout, for profile")
+
+
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="part", help="default: all")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
-    parser.add_argument("--quick", action="store_true", help="small sizes and few turns")
-    parser.add_argument("--seconds", type=float, help="how long to pursue each comparison, default 12")
-    parser.add_argument("--json", action="store_true", help="print the results as JSON")
-    parser.add_argument("--against", metavar="FOLDER", help="another checkout, for profile")
-    options = parser.parse_args(arguments)
-    unknown = [part for part in options.parts if part not in (*PARTS, "profile")]
+    if cli.asks_for_help(arguments):
+        print(cli.help_text(__doc__, options_of(Options)))
+        return 0
+    line = cli.parse(arguments, options_of(Options), positional=True)
+    options, parts = Options(**line.options), line.arguments
+    unknown = [part for part in parts if part not in (*PARTS, "profile")]
     if unknown:
         raise UserError(f"no part {unknown[0]!r}: there are {', '.join([*PARTS, 'profile'])}")
     effort = Effort(seconds=12.0, least=7, most=60)
@@ -81,7 +93,7 @@ def main(arguments: list[str]) -> int:
     began = time.time()
     facts = machine(device) | {"command": "python bench.py " + shlex.join(arguments)}
     report.say("; ".join(f"{name} {value}" for name, value in facts.items()))
-    for part in options.parts or [*PARTS, *(["profile"] if device.type == "cpu" and not options.quick else [])]:
+    for part in parts or [*PARTS, *(["profile"] if device.type == "cpu" and not options.quick else [])]:
         if part == "profile":
             profile.measure(report, effort, options.against)
         else:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,50 +19,52 @@ import torch
 
 from chronomoe.options import option, options_of, same_option
 from model import GPT, GPT2_MODELS
-from trainer import checkpoint
-from trainer import settings as setting
+from trainer import checkpoint, cli
 from trainer.data import DATA, read_meta
 from trainer.device import autocast_context, resolve_dtype, select_device
 from trainer.errors import UserError, run_script
-from trainer.files import read_text
-from trainer.settings import Settings
+from trainer.settings import Settings, keys
 from trainer.tokenizer import GPT2_TOKENIZER, Codec, TiktokenCodec, codec_for, encoding_for
 from trainer.weights import build_model, find_weights, is_gpt2, load_checkpoint
 
 GPT2_TOKENS = 50257
 FILE = "FILE:"
-ALIASES = {"prompt": "start"}
 SEPARATOR = "-" * 15
-USAGE = "usage: python sample.py [FILE.py ...] [--key=value ...] [--help]"
+USAGE = f"usage: python sample.py [FILE.py ...] [--key=value ...] [--help]\n\n{cli.CONFIG_FILES}"
 
 
 @dataclass
 class SampleSettings:
-    """nanoGPT's keys, and this program's own. `python sample.py --help` lists them."""
+    """The settings of sample.py, by nanoGPT's keys where it has them."""
 
     init_from: str = option(
-        "resume", f"'resume': the run in out_dir; {', '.join(GPT2_MODELS)}; or a PATH to a checkpoint"
+        "resume",
+        f"model: 'resume' for the run in out_dir, {', '.join(map(repr, GPT2_MODELS))}, or a PATH to a checkpoint",
     )
     out_dir: str = option("out", "folder of the run")
-    start: str = option("", "prompt, also --prompt; FILE:name reads a file; empty: the start of a text")
+    start: str = option("", "prompt (also --prompt); FILE:NAME reads it from a file; empty: begin a new text")
     num_samples: int = option(10, "number of samples", least=1)
     max_new_tokens: int = option(500, "new tokens per sample", least=1)
-    temperature: float = option(0.8, "below 1 more predictable, above 1 less; 0: the most likely token", least=0)
-    top_k: int | None = option(200, "sample from the top_k most likely tokens; None: from all", least=1)
-    seed: int = option(1337, "the same seed gives the same samples", least=0)
-    beta: str = option("on", "'off': sample with every expert's beta set to 0", choices=("on", "off"))
-    dataset: str = option("", "dataset whose tokenizer to use: a folder under data/, or a path; empty: the run's own")
+    temperature: float = option(
+        0.8, "divides the logits; below 1 samples are more predictable; 0: always the most likely token", least=0
+    )
+    top_k: int | None = option(200, "sample from this many of the most likely tokens; None: from all", least=1)
+    seed: int = option(1337, "seed of the random numbers", least=0)
+    beta: str = option("on", "'on': the trained beta; 'off': beta is 0 for every expert", choices=("on", "off"))
+    dataset: str = option(
+        "", "folder under data/, or a path to a folder, whose tokenizer to use; empty: the dataset of the run"
+    )
     device: str = same_option(Settings, "device")
     dtype: str = same_option(Settings, "dtype")
     compile: bool = same_option(Settings, "compile")
 
 
 def main(arguments: list[str]) -> int:
-    """Print samples as the arguments say. Returns the exit status: 0, 130 after Ctrl-C, 141 if the pipe was closed."""
-    if "--help" in arguments or "-h" in arguments:
-        print(setting.help_text(dict(options_of(SampleSettings)), USAGE))
+    """Print samples. Returns the exit status: 0, 130 after Ctrl-C, 141 if the reader of stdout has closed it."""
+    if cli.asks_for_help(arguments):
+        print(cli.help_text(USAGE, options_of(SampleSettings)))
         return 0
-    s = SampleSettings(**given(arguments))
+    s = from_arguments(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # the terminal may not support a character
     try:
@@ -77,7 +79,7 @@ def main(arguments: list[str]) -> int:
 
 
 def sample(s: SampleSettings) -> None:
-    """Print num_samples samples, each token as it is sampled, separated by a line of dashes. Notes go to stderr."""
+    """Print num_samples samples, token by token, separated by lines of dashes. Notes are printed to stderr."""
     prompt = read_prompt(s.start)
     device = select_device(s.device)
     autocast = autocast_context(resolve_dtype(s.dtype, device), device)
@@ -87,7 +89,7 @@ def sample(s: SampleSettings) -> None:
     for note in [*notes, f"beta: {apply_beta(model, s.beta)}"]:
         print(note, file=sys.stderr)
     if s.compile:
-        torch._dynamo.config.capture_scalar_outputs = True  # the loop over experts reads their token counts
+        torch._dynamo.config.capture_scalar_outputs = True  # the loop over experts reads token counts
         model.compile()
     idx = torch.tensor([ids or codec.start], device=device)
     generator = torch.Generator(device).manual_seed(s.seed)
@@ -117,7 +119,7 @@ def apply_beta(model: GPT, beta: str) -> str:
 
 
 def load(s: SampleSettings) -> tuple[GPT, Codec, list[str]]:
-    """The model of init_from, on the CPU, its tokenizer, and notes on where it comes from. Raises UserError."""
+    """The model of init_from on the CPU, its tokenizer, and notes on where it comes from. Raises UserError."""
     notes: list[str] = []
     if is_gpt2(s.init_from):
         codec = TiktokenCodec(encoding_for(GPT2_TOKENIZER))
@@ -137,16 +139,16 @@ def load(s: SampleSettings) -> tuple[GPT, Codec, list[str]]:
 
 
 def find_codec(dataset: Any, vocab_size: int) -> Codec:
-    """The tokenizer of a dataset, from its meta file. Raises UserError if there is none or it does not fit."""
+    """The tokenizer of a dataset. Raises UserError if the dataset is not found or its tokenizer has too many tokens."""
     hint = "give --dataset=NAME or a path to choose a tokenizer"
     if not isinstance(dataset, str):
         raise UserError(f"the checkpoint does not name its dataset: {hint}")
     folder = next((path for path in (DATA / dataset, Path(dataset)) if path.is_dir()), None)
     if folder is None:
-        raise UserError(f"there is no dataset {dataset!r}, neither {DATA / dataset} nor a path: {hint}")
+        raise UserError(f"there is no dataset {dataset!r}, in {DATA} or as a path: {hint}")
     meta = read_meta(folder)
     if not meta and vocab_size < GPT2_TOKENS:
-        raise UserError(f"{folder} has no meta.json, and the model's {vocab_size} tokens are not GPT-2's: {hint}")
+        raise UserError(f"{folder} has no meta.json, and the model has {vocab_size} tokens, fewer than GPT-2: {hint}")
     codec = codec_for(meta, f"the meta file in {folder}")
     if codec.size > vocab_size:
         raise UserError(f"the tokenizer of {folder} has {codec.size} tokens, the model {vocab_size}: {hint}")
@@ -154,23 +156,16 @@ def find_codec(dataset: Any, vocab_size: int) -> Codec:
 
 
 def read_prompt(start: str) -> str:
-    """The prompt that `start` describes. Raises UserError if its file cannot be read."""
-    if not start.startswith(FILE):
-        return start
-    name = start.removeprefix(FILE)
-    try:
-        return read_text(Path(name))
-    except (OSError, ValueError) as e:
-        reason = e.strerror if isinstance(e, OSError) else "not UTF-8 text" if isinstance(e, UnicodeError) else e
-        raise UserError(f"cannot read the prompt {name}: {reason}") from None
+    """The prompt, read from a file for FILE:NAME. Raises UserError if the file cannot be read."""
+    return cli.read_text_file(start.removeprefix(FILE), "prompt") if start.startswith(FILE) else start
 
 
-def given(arguments: list[str]) -> dict[str, Any]:
-    """The settings that the command line and its config files give. Raises UserError for a wrong key, type or value."""
-    known = dict(options_of(SampleSettings))
-    aliases = {alias: replace(known[name], name=alias) for alias, name in ALIASES.items()}
-    values = setting.given(arguments, known | aliases)
-    return {ALIASES.get(name, name): value for name, value in values.items()}
+def from_arguments(arguments: list[str]) -> SampleSettings:
+    """Settings from a command line and its config files. Raises UserError for a wrong key, type or value."""
+    options = options_of(SampleSettings)
+    known = {**options, "prompt": options["start"]}
+    hints = {key: f"{key} is a key of train.py; name the run by --out_dir" for key in keys()}
+    return SampleSettings(**cli.parse(arguments, known, config_files=True, hints=hints).values)
 
 
 if __name__ == "__main__":

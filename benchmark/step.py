@@ -21,7 +21,7 @@ from trainer.checkpointer import Checkpointer, copy_to_cpu
 from trainer.distributed import World
 from trainer.guard import NonFiniteGuard
 from trainer.progress import Progress
-from trainer.settings import read_config_file
+from trainer.settings import given
 from trainer.step import StepResult, TrainingStep
 
 SLICE = Path(__file__).parent.parent / "config" / "vertical_slice.py"
@@ -55,7 +55,7 @@ class SliceStep:
         world: World | None = None,
         **changes,
     ):
-        keys = read_config_file(str(SLICE)) | changes
+        keys = given([str(SLICE)]) | changes
         shape = {key: value for key, value in keys.items() if key in GPTConfig.__dataclass_fields__}
         shape = dict(vocab_size=257, bias=False) | shape
         config = GPTConfig(chrono=ChronoConfig(**dict.fromkeys(steps, True)), **shape)

@@ -1,11 +1,13 @@
 """The arms of a comparison: the settings that define each.
 
 `off` measures everything and leaves beta at 0. `on` is the closed loop. `shuffled` is a placebo: the beta of each
-expert follows the coherence of another expert. `load` drives beta by load instead of coherence, by torchtitan's update
-of the auxiliary-loss-free bias (arXiv 2408.15664): rate times the sign of the load error, less its mean. It has no
-auxiliary loss, no bridge, clean gates and a clamp that it does not reach. It is not the form that DeepSeek-V3
-published: there the rate of 1e-3 is in units of sigmoid scores, here in units of logit_std on the logits of a softmax,
-and the small sequence-wise loss is left out.
+expert follows the coherence of another expert.
+
+`load` updates beta from load instead of coherence, as torchtitan updates the bias of auxiliary-loss-free load balancing
+(arXiv 2408.15664): rate times the sign of the load error, minus the mean over experts. It uses no auxiliary loss, no
+bridge, clean gates, and a clamp that beta does not reach. It differs from DeepSeek-V3, where the rate of 1e-3 is in
+units of sigmoid scores and a small sequence-wise loss is added; here the rate is in units of logit_std of softmax
+logits, and there is no such loss.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-CUSTOM = "custom"  # a run whose settings are those of no arm
+from trainer.errors import UserError
+
+CUSTOM = "custom"  # the arm of a run whose settings match no other arm
 ARMS: dict[str, dict[str, Any]] = {
     "off": {"chrono_beta": False},
     "on": {"chrono_beta": True, "chrono_signal": "coherence"},
@@ -31,10 +35,19 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 def contradiction(arm: str, values: Mapping[str, Any]) -> str | None:
-    """The first key whose value is not the one that defines the arm, or None."""
+    """The first key whose value differs from the one that defines the arm, or None."""
     return next((key for key, value in ARMS.get(arm, {}).items() if values.get(key) != value), None)
 
 
+def check_arm(arm: str, values: Mapping[str, Any]) -> None:
+    """Raises UserError if a value differs from the one that defines the arm."""
+    key = contradiction(arm, values)
+    if key is not None:
+        raise UserError(
+            f"{key}={values.get(key)!r}, but arm={arm!r} means {key}={ARMS[arm][key]!r}: leave one of them out"
+        )
+
+
 def arm_of(values: Mapping[str, Any]) -> str:
-    """The arm that a run's settings define, or 'custom'."""
+    """The arm that these settings define, or 'custom'."""
     return next((arm for arm in ARMS if contradiction(arm, values) is None), CUSTOM)

@@ -12,7 +12,7 @@ from torch import Tensor
 from chronomoe.beta import derangement
 from chronomoe.config import THRESHOLDS
 from model import GPT
-from trainer import checkpoint
+from trainer import checkpoint, cli
 from trainer import settings as setting
 from trainer.arms import arm_of
 from trainer.distributed import torchrun_id
@@ -143,7 +143,7 @@ def _start_from(given: dict[str, Any], source: str) -> Start:
         return Start(setting.from_values(given))
     weights, found = find_weights(source)
     known = setting.keys()
-    theirs = {key: setting.check(known[key], value, source) for key, value in found.items() if key in known}
+    theirs = {key: cli.check(known[key], value, source) for key, value in found.items() if key in known}
     dense = theirs.get("n_exp", 1) == 1
     for key in setting.names_with_role("model"):
         value = theirs.get(key, given.get(key))
@@ -184,7 +184,7 @@ def _saved_settings(saved: dict[str, Any], path: Path) -> dict[str, Any]:
     config = saved.get("config")
     found = (config if isinstance(config, dict) else {}) | saved["model_args"]
     known = setting.keys()
-    values = {key: setting.check(known[key], value, str(path)) for key, value in found.items() if key in known}
+    values = {key: cli.check(known[key], value, str(path)) for key, value in found.items() if key in known}
     threshold, signal = setting.PREFIX + "bridge_threshold", setting.PREFIX + "bridge_signal"
     if threshold in values and values[threshold] == THRESHOLDS.get(str(values.get(signal))):
         values[threshold] = None  # an older version saved the default value

@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from comparison.runs import load_run
 from comparison.sweep import Job
 from trainer.checkpoint import newest
+from trainer.cli import read_config_file
 from trainer.data import read_meta
 from trainer.errors import UserError
 from trainer.files import JsonLines, parse_json
 from trainer.runlog import history_in
-from trainer.settings import from_arguments, keys, read_config_file
+from trainer.settings import from_arguments, keys
 
 often = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -62,7 +63,7 @@ def test_settings_on_the_command_line(pairs):
 def test_settings_in_a_config_file(tmp_path, pairs):
     path = tmp_path / "config.py"
     path.write_bytes("\n".join(f"{key} = {value}" for key, value in pairs).encode("utf-8", "replace"))
-    tidy(lambda: read_config_file(str(path)))
+    tidy(lambda: read_config_file(str(path), keys()))
 
 
 @often
