@@ -1,14 +1,11 @@
 """The files that preparers write, from texts made here. Nothing is downloaded."""
 
-import contextlib
 import hashlib
 import http.server
-import itertools
 import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -32,23 +29,8 @@ from trainer.errors import UserError, run_script
 END = 256
 BYTES = TiktokenCodec(byte_encoding())
 # GPT-2's pattern, and few merges, one of them of two newlines
-MERGES = {b"\n\n": 256, b" a": 257, b"ab": 258, b"  ": 259}
-SMALL_BPE = TiktokenCodec(
-    tiktoken.Encoding(
-        "gpt2",
-        pat_str=r50k_pat_str,
-        mergeable_ranks={bytes([i]): i for i in range(256)} | MERGES,
-        special_tokens={END_OF_TEXT: 260},
-    )
-)
-SPECIAL = {
-    "empty": "",
-    "marked": f"a {END_OF_TEXT} b",
-    "windows": "a\r\nb\r\n",
-    "bom": "\ufeffa",
-    "c": "y" * 3000 + "\x7f",
-}
-KEYS = {"dataset", "source", "tokenizer", "vocab_size", "dtype", "tokens", "sha256"}
+RANKS = {bytes([i]): i for i in range(256)} | {b"\n\n": 256, b" a": 257, b"ab": 258, b"  ": 259}
+BPE = tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=RANKS, special_tokens={END_OF_TEXT: 260})
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +39,7 @@ def small_batches_and_no_network(monkeypatch):
     monkeypatch.setattr(corpus, "CHUNK", 1000)
     monkeypatch.setenv("no_proxy", "*")
     for script in (prepare.shakespeare, prepare.tinystories, prepare.openwebtext):
-        monkeypatch.setattr(script, "encoding_for", lambda name: {"gpt2": SMALL_BPE.encoding}[name])
+        monkeypatch.setattr(script, "encoding_for", lambda name: {"gpt2": BPE}[name])
 
 
 def words(count, seed=0):
@@ -82,8 +64,17 @@ def words(count, seed=0):
     return "".join(np.random.default_rng(seed).choice(parts, count))
 
 
-def many_texts(count=60):
-    return {f"folder/{i % 7}/{i}.txt": words(100, i) for i in range(count)} | {"long.md": words(3000, 98)}
+def many_texts(count):
+    """{name: text} in the order of their names, with special cases."""
+    special = {
+        "bom": "\ufeffa",
+        "c": "y" * 3000 + "\x7f",
+        "crlf": "a\r\nb\r\n",
+        "empty": "",
+        "end": f"a {END_OF_TEXT} b",
+    }
+    texts = {f"{i % 7}/{i}.py": f"{i} {words(100, i)}" for i in range(count)} | {"long/long.py": words(3000, 98)}
+    return dict(sorted((texts | {f"special/{name}.py": text for name, text in special.items()}).items()))
 
 
 def is_val(name, share=10):
@@ -100,72 +91,45 @@ def read_tokens(out, split):
     return np.fromfile(out / f"{split}.bin", dtype="<u2").tolist()
 
 
-def read_documents(out, split, codec=BYTES):
+def read_documents(out, split, encoding=BYTES.encoding):
     """The texts between <|endoftext|> tokens. The first token must be one."""
-    tokens = read_tokens(out, split)
-    starts = [i for i, token in enumerate(tokens) if token == codec.end_of_text] + [len(tokens)]
-    assert starts[0] == 0
-    return [codec.encoding.decode_bytes(tokens[a + 1 : b]).decode() for a, b in itertools.pairwise(starts)]
+    tokens = np.asarray(read_tokens(out, split))
+    before, *documents = np.split(tokens, np.flatnonzero(tokens == encoding.eot_token))
+    assert not len(before)
+    return [encoding.decode_bytes(document[1:].tolist()).decode() for document in documents]
 
 
-def check_corpus(out, texts, keys, count_key):
-    """Each text is in its split, in the order of `texts`, and meta.json describes the files. Returns meta.json."""
+@pytest.mark.parametrize("name, jobs", [("text", 1), ("text", 2), ("text", 3), ("stdlib", 1)])
+def test_each_document_is_in_its_split_in_the_order_of_names(name, jobs, tmp_path):
+    texts, root, out = many_texts(60), tmp_path / "tests" / "in", tmp_path / "new" / "out"
+    write_files(root, dict(reversed(texts.items())))
+    if name == "stdlib":
+        folders = "test tests a/tests a/test/b idlelib/idle_test site-packages l/dist-packages __pycache__".split()
+        write_files(root, {f"{folder}/a.py": "left out" for folder in folders})
+        write_files(root, {"notes.txt": "left out", "latin.py": b"caf\xe9 left out"})
+        prepare.stdlib.prepare(out, root)
+    else:
+        prepare_text(root, f"--out={out}", jobs=jobs)
     assert written(out).keys() == {"train.bin", "val.bin", "meta.json"}
     meta = json.loads((out / "meta.json").read_bytes())
     for split in ("train", "val"):
         expected = [text for name, text in texts.items() if is_val(name) == (split == "val")]
-        assert len(expected) > 1
-        assert read_documents(out, split) == expected
+        assert len(expected) > 1 and read_documents(out, split) == expected
         content = (out / f"{split}.bin").read_bytes()
-        assert meta["sha256"][f"{split}.bin"] == hashlib.sha256(content).hexdigest()
-        assert meta["tokens"][split] * 2 == len(content)
-    assert meta.keys() == keys and meta[count_key] == len(texts)
-    assert (meta["tokenizer"], meta["vocab_size"], meta["dtype"]) == ("bytes", 257, "uint16")
+        assert meta["sha256"].pop(f"{split}.bin") == hashlib.sha256(content).hexdigest()
+        assert meta["tokens"].pop(split) * 2 == len(content)
+    source = str(root) if name == "text" else f"Python {sys.version.split()[0]} standard library"
+    expected = {"dataset": name, "source": source, "tokenizer": "bytes", "vocab_size": 257, "dtype": "uint16"}
+    counts = {"files": len(texts)} if name == "stdlib" else {"documents": len(texts), "inputs": meta.get("inputs")}
+    assert meta == expected | counts | {"tokens": {}, "sha256": {}}
     TokenData(out, 16).fingerprint()
-    return meta
 
 
-@pytest.mark.parametrize("jobs", [1, 2, 3])
-def test_text_has_each_document_in_its_split_in_the_order_of_names(jobs, tmp_path):
-    texts = SPECIAL | many_texts()
-    prepare_text(write_files(tmp_path / "in", dict(reversed(texts.items()))), f"--out={tmp_path / 'out'}", jobs=jobs)
-    ordered = dict(sorted(texts.items(), key=lambda item: (item[0].count("/"), item[0])))
-    meta = check_corpus(tmp_path / "out", ordered, KEYS | {"inputs", "documents"}, "documents")
-    assert (meta["dataset"], meta["source"]) == ("text", str(tmp_path / "in"))
-
-
-def stdlib_source(root, reverse=False):
-    """Write a source tree. Returns {name: text} of the files that belong to the corpus."""
-    texts = {f"module_{i}.py": f"def f{i}():\n    return {i**7}  # {words(9, i)}\n" for i in range(60)}
-    texts |= {f"package/{name}.py": text for name, text in SPECIAL.items()} | {"package/latest.py": "not tests\n"}
-    folders = "test tests a/tests a/test/b idlelib/idle_test site-packages l/dist-packages __pycache__".split()
-    left_out = {f"{folder}/a.py": "left out" for folder in folders}
-    files = texts | left_out | {"notes.txt": "left out", "latin.py": "caf\u00e9 left out".encode("latin-1")}
-    write_files(root, dict(reversed(files.items())) if reverse else files)
-    return dict(sorted(texts.items()))
-
-
-def test_stdlib_has_each_source_file_in_its_split_in_the_order_of_names(tmp_path):
-    first, second = tmp_path / "new" / "folder", tmp_path / "other"
-    texts = stdlib_source(tmp_path / "in")
-    prepare.stdlib.prepare(first, tmp_path / "in")
-    meta = check_corpus(first, texts, KEYS | {"files"}, "files")
-    assert (meta["dataset"], meta["source"]) == ("stdlib", f"Python {sys.version.split()[0]} standard library")
-    stdlib_source(tmp_path / "tests" / "in", reverse=True)
-    prepare.stdlib.prepare(second, tmp_path / "tests" / "in")
-    assert written(second) == written(first)  # whatever the folder and the order in which its files were created
-
-
-@pytest.mark.parametrize(
-    "folder, message",
-    [
-        *((folder, f"no Python source under .*{folder}") for folder in ("absent", "empty", "only_tests")),
-        *(("only_latin", "no text in Python 3"), ("only_train", "no text for val in Python 3")),
-    ],
-)
-def test_stdlib_without_source_for_both_splits_is_refused(folder, message, tmp_path):
+@pytest.mark.parametrize("folder", ["absent", "empty", "only_tests", "only_latin", "only_train"])
+def test_stdlib_without_source_for_both_splits_is_refused(folder, tmp_path):
     files = {"only_tests/tests/a.py": "a", "only_latin/a.py": b"\xe9", "only_train/b.py": "b", "empty/a.txt": "a"}
-    with pytest.raises(UserError, match=message):
+    message = {"only_latin": "no text in Python 3", "only_train": "no text for val in Python 3"}
+    with pytest.raises(UserError, match=message.get(folder, f"no Python source under .*{folder}")):
         prepare.stdlib.prepare(tmp_path / "out", write_files(tmp_path, files) / folder)
     assert not (tmp_path / "out").exists()
 
@@ -173,27 +137,25 @@ def test_stdlib_without_source_for_both_splits_is_refused(folder, message, tmp_p
 @pytest.mark.parametrize("text", [words(20_000, seed=3), "漢" * 5000], ids=["words", "no_space"])
 def test_a_long_document_has_the_tokens_of_the_whole_text(text, tmp_path):
     documents = [Document([text], "train"), Document(text, "val")]  # at once, and one character at a time
-    write_corpus(tmp_path, documents, SMALL_BPE, {"source": "s"})
-    expected = [260, *SMALL_BPE.encoding.encode_ordinary(text)]
-    assert text[0] == "漢" or set(MERGES.values()) <= set(expected)
+    write_corpus(tmp_path, documents, TiktokenCodec(BPE), {"source": "s"})
+    expected = [260, *BPE.encode_ordinary(text)]
+    assert text[0] == "漢" or {256, 257, 258, 259} <= set(expected)
     assert read_tokens(tmp_path, "train") == read_tokens(tmp_path, "val") == expected
 
 
-@pytest.mark.parametrize("count", [1, 4])
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_documents_of_one_split_are_cut_by_position(split, count, tmp_path):
+@pytest.mark.parametrize(
+    "split, count, length", [("train", 1, 400), ("train", 4, 400), ("val", 4, 400), ("train", 10, 9)]
+)
+def test_documents_of_one_split_are_cut_by_position(split, count, length, tmp_path):
     names = [name for name in map(str, range(500)) if is_val(name) == (split == "val")][:count]
-    documents = [Document([words(400, i)], split_of(name)) for i, name in enumerate(names)]
-    whole = [token for i in range(count) for token in [END, *words(400, i).encode()]]
+    texts = [words(length, i) if length > 9 else "a" * 9 for i in range(count)]
+    documents = [Document([text], split_of(name)) for name, text in zip(names, texts)]
     write_corpus(tmp_path, documents, BYTES, {"source": "s"}, val_share=10)
-    cut = len(whole) * 9 // 10
-    assert (read_tokens(tmp_path, "train"), read_tokens(tmp_path, "val")) == (whole[:cut], [END, *whole[cut:]])
-    TokenData(tmp_path, 16).fingerprint()
-
-
-def test_val_begins_with_one_end_of_text_if_a_cut_falls_on_it(tmp_path):
-    write_corpus(tmp_path, [Document([c * 9], "train") for c in "abcdefghij"], BYTES, {"source": "s"}, val_share=10)
-    assert read_tokens(tmp_path, "val") == [END, *b"j" * 9]
+    tokens = [token for text in texts for token in [END, *text.encode()]]
+    train, val = tokens[: len(tokens) * 9 // 10], tokens[len(tokens) * 9 // 10 :]
+    assert (val[0] == END) == (length == 9)  # val has only one <|endoftext|> if the cut falls on it
+    assert read_tokens(tmp_path, "train") == train
+    assert read_tokens(tmp_path, "val") == (val if length == 9 else [END, *val])
 
 
 def test_given_splits_are_kept_however_small(tmp_path):
@@ -219,13 +181,11 @@ def test_a_stopped_preparation_leaves_no_corpus_and_no_process(jobs, number, tmp
 
 
 # ru_maxrss of RUSAGE_SELF would include the process that this one was forked from
-MEASURE = """
-import atexit, resource, runpy, sys
+MEASURE = """import atexit, resource, runpy, sys
 children = lambda: resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
 atexit.register(lambda: print("children", children(), open("/proc/self/status").read()))
 sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+runpy.run_path(sys.argv[0], run_name="__main__")"""
 
 
 @pytest.mark.slow
@@ -247,9 +207,9 @@ def test_memory_does_not_grow_with_the_corpus(jobs, tmp_path):
 CHANGES = {
     "none": lambda root, out: None,
     "force": lambda root, out: None,
-    "text": lambda root, out: (root / "long.md").write_text("another text"),
-    "same_size": lambda root, out: (root / "long.md").write_bytes(b"a" * (root / "long.md").stat().st_size),
-    "name": lambda root, out: (root / "long.md").rename(root / "longer.md"),
+    "text": lambda root, out: (root / "long/long.py").write_text("another text"),
+    "same_size": lambda root, out: (root / "long/long.py").write_bytes(b"a" * (root / "long/long.py").stat().st_size),
+    "name": lambda root, out: (root / "long/long.py").rename(root / "long/b.py"),
     "cut": lambda root, out: os.truncate(out / "train.bin", 10),
     "gone": lambda root, out: (out / "val.bin").unlink(),
     "meta": lambda root, out: (out / "meta.json").write_text("["),
@@ -299,13 +259,6 @@ def test_files_that_are_not_text_are_counted_and_left_out(tmp_path, capsys):
         assert sorted(found) == sorted([*texts.values(), "the name is not UTF-8"])
 
 
-def exit_status(script, arguments, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        run_script(script.main)
-    return stop.value.code
-
-
 @pytest.mark.parametrize(
     "arguments, expected",
     [
@@ -324,8 +277,10 @@ def exit_status(script, arguments, monkeypatch):
 )
 def test_mistakes_are_errors_of_one_line_and_write_nothing(arguments, expected, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(write_files(tmp_path, {"a.txt": "some text" * 9, "folder/b.txt": "more", "empty.txt": ""}))
-    given = ["--out=out", "--jobs=1", *arguments.split()]
-    assert exit_status(prepare.text, given, monkeypatch) == (2 if expected else 0)
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "--out=out", "--jobs=1", *arguments.split()])
+    with pytest.raises(SystemExit) as stop:
+        run_script(prepare.text.main)
+    assert stop.value.code == (2 if expected else 0)
     error = capsys.readouterr().err
     assert re.fullmatch(f"error: .*{re.escape(expected)}.*\n", error) if expected else not error
     assert (tmp_path / "out").exists() == (expected is None)
@@ -341,7 +296,7 @@ def test_shakespeare_is_split_at_nine_tenths_of_the_characters(script, tmp_path)
     characters = sorted(set(text))
     for split, part in (("train", text[:cut]), ("val", text[cut:])):
         plain = [characters.index(c) for c in part]
-        bpe = [260, *SMALL_BPE.encoding.encode_ordinary(part)]
+        bpe = [260, *BPE.encode_ordinary(part)]
         assert read_tokens(out, split) == (bpe if script is prepare.shakespeare else plain)
     expected = ("gpt2", 261) if script is prepare.shakespeare else ("characters", len(characters))
     assert (meta["tokenizer"], meta["vocab_size"]) == expected
@@ -365,7 +320,7 @@ def test_tinystories_keep_their_splits(tmp_path, monkeypatch):
     for split, (name, _) in prepare.tinystories.FILES.items():
         write_files(tmp_path, {name: f"\n{END_OF_TEXT}\n".join(stories[split]) + "\n" + END_OF_TEXT})
     prepare.tinystories.main([f"--input={tmp_path}", f"--out={tmp_path}", "--jobs=1"])
-    assert {split: read_documents(tmp_path, split, SMALL_BPE) for split in stories} == stories
+    assert {split: read_documents(tmp_path, split, BPE) for split in stories} == stories
     assert json.loads((tmp_path / "meta.json").read_text())["documents"] == 302
     monkeypatch.setattr(prepare.tinystories, "MAX_STORY", 5000)
     (tmp_path / name).write_text("a" * 10_000)
@@ -400,7 +355,7 @@ def test_openwebtext_keeps_one_document_in_2000_for_val(source, tmp_path, monkey
     prepare.openwebtext.main([*given, f"--out={tmp_path}", "--jobs=1"])
     for split in ("train", "val"):
         expected = [text for text in texts if is_val(text[:1000], 2000) == (split == "val")]
-        assert read_documents(tmp_path, split, SMALL_BPE) == expected
+        assert read_documents(tmp_path, split, BPE) == expected
         assert split == "train" or 0 < len(expected) < 15
 
 
@@ -410,7 +365,7 @@ def test_a_line_that_is_not_a_document_is_refused(line, tmp_path):
     given = [f"--input={tmp_path / 'a.jsonl'}", f"--out={tmp_path}", "--jobs=1"]
     if "ud800" in line:  # a lone surrogate is a document with a question mark
         prepare.openwebtext.main(given)
-        assert read_documents(tmp_path, "val", SMALL_BPE)[-1] == "a?b"
+        assert read_documents(tmp_path, "val", BPE)[-1] == "a?b"
         return
     with pytest.raises(UserError) as error:
         prepare.openwebtext.main(given)
@@ -420,63 +375,49 @@ def test_a_line_that_is_not_a_document_is_refused(line, tmp_path):
 @pytest.mark.parametrize(
     "module", [None, hub(ConnectionError("no route\nto host")), hub([{"text": "a"}, OSError("late")])]
 )
-def test_openwebtext_without_hub_is_an_error_of_one_line(module, tmp_path, monkeypatch, capsys):
+def test_openwebtext_without_hub_is_an_error_of_one_line(module, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", module)
-    assert exit_status(prepare.openwebtext, [f"--out={tmp_path / 'out'}", "--jobs=1"], monkeypatch) == 2
-    error = capsys.readouterr().err
-    assert re.search("error: .*huggingface.co/datasets/Skylion007/openwebtext.*--input=FILE.*\n$", error)
-    assert error.count("error:") == 1
+    with pytest.raises(UserError, match=r"huggingface.co/datasets/Skylion007/openwebtext.*--input=FILE") as error:
+        prepare.openwebtext.main([f"--out={tmp_path / 'out'}", "--jobs=1"])
+    assert one_line(error).count("cannot read") == 1
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["shakespeare", "shakespeare_char", "tinystories"])
-def test_a_failed_download_says_where_to_put_the_file(name, tmp_path, monkeypatch, capsys):
-    script = getattr(prepare, name)
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        address = f"http://127.0.0.1:{closed.getsockname()[1]}/file"
-        monkeypatch.setattr(script, "URL" if name == "tinystories" else "SHAKESPEARE_URL", address)
-        monkeypatch.setattr(script, "HERE", tmp_path)
-        assert exit_status(script, [f"--out={tmp_path / 'out'}"], monkeypatch) == 2
-    assert re.fullmatch(f"error: cannot download {address}.*put it at {tmp_path}/.*\n", capsys.readouterr().err)
-    assert not list(tmp_path.iterdir())
-
-
-@contextlib.contextmanager
-def server(length=3_000_000, status=200):
-    """(url, paths that were requested) of a server that sends 3,000,000 bytes and announces `length`."""
-    requested = []
+@pytest.fixture
+def server():
+    """The address of a server of 3,000,000 bytes, and its changeable answer."""
+    answer = {"status": 200, "length": 3_000_000, "requests": 0}
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            requested.append(self.path)
-            self.send_response(status)
-            self.send_header("Content-Length", str(length))
+            answer["requests"] += 1
+            self.send_response(answer["status"])
+            self.send_header("Content-Length", answer["length"])
             self.end_headers()
             self.wfile.write(b"a" * 3_000_000)
 
-        def log_message(self, *_):
-            pass
-
-    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as http_server:
-        thread = threading.Thread(target=http_server.serve_forever, args=(0.01,))
-        thread.start()
-        yield f"http://127.0.0.1:{http_server.server_port}/file", requested
-        http_server.shutdown()
-        thread.join()
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as running:
+        threading.Thread(target=running.serve_forever, args=(0.01,)).start()
+        yield f"http://127.0.0.1:{running.server_port}/file", answer
+        running.shutdown()
 
 
-def test_a_download_is_complete_and_happens_once(tmp_path):
+def test_a_download_is_complete_and_happens_once(server, tmp_path):
     (tmp_path / "file.1.tmp").write_text("of a killed attempt")
-    with server() as (url, requested):
-        for _ in range(2):
-            assert fetch(url, tmp_path / "file", "3 MB").read_bytes() == b"a" * 3_000_000
-    assert requested == ["/file"]
+    for _ in range(2):
+        assert fetch(server[0], tmp_path / "file", "3 MB").read_bytes() == b"a" * 3_000_000
+    assert server[1]["requests"] == 1
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize("answer", [{"length": 3_000_001}, {"status": 404}, {"status": 503}])
-def test_an_incomplete_download_leaves_no_file(answer, tmp_path):
-    with server(**answer) as (url, _), pytest.raises(UserError, match="cannot download"):
-        fetch(url, tmp_path / "file", "3 MB")
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("answer", [None, {"length": 3_000_001}, {"status": 404}, {"status": 503}])
+@pytest.mark.parametrize("name", ["shakespeare", "shakespeare_char", "tinystories"])
+def test_a_failed_download_leaves_no_file_and_says_where_to_put_it(name, answer, server, tmp_path, monkeypatch):
+    script = getattr(prepare, name)
+    server[1].update(answer or {})
+    url = server[0] if answer else "http://127.0.0.1:1/file"  # no server
+    monkeypatch.setattr(script, "HERE", tmp_path)
+    monkeypatch.setattr(script, "URL" if name == "tinystories" else "SHAKESPEARE_URL", url)
+    with pytest.raises(UserError, match=f"cannot download {url}.*put it at {tmp_path}/") as error:
+        script.main([f"--out={tmp_path / 'out'}"])
+    assert one_line(error) and not list(tmp_path.iterdir())
