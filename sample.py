@@ -18,13 +18,13 @@ from typing import Any
 import torch
 
 from chronomoe.options import option, options_of, same_option
+from data.tokenizer import GPT2_TOKENIZER, Codec, TiktokenCodec, codec_for, encoding_for
 from model import GPT, GPT2_MODELS
 from trainer import checkpoint, cli
 from trainer.data import DATA, read_meta
 from trainer.device import autocast_context, resolve_dtype, select_device
 from trainer.errors import UserError, run_script
 from trainer.settings import Settings, keys
-from trainer.tokenizer import GPT2_TOKENIZER, Codec, TiktokenCodec, codec_for, encoding_for
 from trainer.weights import build_model, find_weights, is_gpt2, load_checkpoint
 
 GPT2_TOKENS = 50257

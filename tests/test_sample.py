@@ -18,10 +18,10 @@ import torch
 import sample
 import train
 from chronomoe.options import options_of
+from data.tokenizer import END_OF_TEXT, UNKNOWN, TiktokenCodec, byte_encoding, codec_for, encoding_for
 from model import GPT, GPTConfig
 from tests.helpers.models import build
 from trainer.errors import UserError, run_script
-from trainer.tokenizer import END_OF_TEXT, UNKNOWN, TiktokenCodec, byte_encoding, codec_for, encoding_for
 
 ROOT = Path(__file__).parent.parent
 BLOCK = 16

@@ -76,23 +76,21 @@ class TokenData:
         found = {}
         for split in SPLITS:
             path = self.folder / f"{split}.bin"
-            stat = self.stats[split]
-            look = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+            stat = {"bytes": self.stats[split].st_size, "mtime_ns": self.stats[split].st_mtime_ns}
             before = (known or {}).get(path.name)
-            if isinstance(before, dict) and look.items() <= before.items() and "sha256" in before:
+            if isinstance(before, dict) and stat.items() <= before.items() and "sha256" in before:
                 found[path.name] = before
                 continue
-            found[path.name] = look | {"sha256": self._read_through(path, self.tokens[split])}
-            claimed = self.meta.get("sha256")
-            claimed = claimed.get(path.name) if isinstance(claimed, dict) else None
-            if claimed is not None and claimed != found[path.name]["sha256"]:
+            found[path.name] = stat | {"sha256": self._check_tokens(path, self.tokens[split])}
+            expected = self.meta.get("sha256")
+            expected = expected.get(path.name) if isinstance(expected, dict) else None
+            if expected is not None and expected != found[path.name]["sha256"]:
                 raise UserError(f"{path} is not the file that {self.folder / 'meta.json'} describes; prepare it again")
         return found
 
-    def _read_through(self, path: Path, tokens: np.ndarray) -> str:
-        """Check every token. Returns the file's SHA-256."""
+    def _check_tokens(self, path: Path, tokens: np.ndarray) -> str:
+        """Check every token against the vocabulary. Returns the file's SHA-256."""
         sha256 = hashlib.sha256()
-        # shown only for large files
         with tqdm(total=tokens.nbytes, desc=f"checking {path}", unit="B", unit_scale=True, delay=2, leave=False) as bar:
             for start in range(0, len(tokens), CHUNK):
                 chunk = tokens[start : start + CHUNK]
@@ -144,7 +142,7 @@ class BatchLoader:
         self._next: tuple[tuple[int, int], Future[Batch]] | None = None
 
     def training(self, step: int) -> Iterator[Batch]:
-        """This rank's micro-batches of a step, counted from 0."""
+        """This rank's micro-batches of a step. The first step is 0."""
         for index in self.indices:
             following = (step, index + self.indices.step) if index != self.indices[-1] else (step + 1, self.indices[0])
             if self._next is not None and self._next[0] == (step, index):
@@ -156,7 +154,7 @@ class BatchLoader:
             yield self._to_device(batch)
 
     def validation(self, index: int) -> Batch:
-        """A validation batch. They are the same for every run of a dataset."""
+        """Validation batch `index`, which is the same for every run of a dataset."""
         return self._to_device(self._load("val", EVAL_SEED, 0, index))
 
     def _load(self, split: str, seed: int, step: int, index: int) -> Batch:

@@ -1,7 +1,5 @@
-"""A preparation that is killed at any step leaves the old dataset, the new one, or one that is refused."""
+"""A preparation that is interrupted anywhere leaves the old dataset, the new one, or one that is refused."""
 
-import functools
-import json
 import os
 import pickle
 import shutil
@@ -10,49 +8,38 @@ import sysconfig
 import threading
 import time
 
-import numpy as np
 import pytest
 
+from data.corpus import Document, write_corpus
+from data.tokenizer import CharacterCodec
+from tests.data.builders import BLOCK, prepare, prepare_text, write_files, write_tokens
 from trainer import data as trainer_data
-from trainer.corpus import replace_dataset
-from trainer.data import DATA, GPT2_VOCAB_SIZE, load_prepare, open_dataset
+from trainer.data import DATA, GPT2_VOCAB_SIZE, TokenData, open_dataset
 from trainer.errors import UserError
 from trainer.lock import folder_lock
 
-TEXT, STDLIB = (load_prepare(DATA / name / "prepare.py") for name in ("text", "stdlib"))
-BLOCK = 8
-TOKENS = 400  # of the old dataset, per split
+FILES = ("train.bin", "val.bin", "meta.json")
 KILLED = 9
+PREPARERS = {"text": lambda out, root: prepare_text(root, f"--out={out}"), "stdlib": prepare.stdlib.prepare}
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Python files, some of which fall into each split."""
-    root = tmp_path_factory.mktemp("root")
-    for i in range(30):
-        (root / f"module_{i}.py").write_text(f"def f{i}():\n    return {i**7}\n")
-    return root
+    """Python files, some for each split."""
+    texts = {f"module_{i}.py": f"def f{i}():\n    return {i**7}\n" for i in range(30)}
+    return write_files(tmp_path_factory.mktemp("root"), texts)
 
 
-def prepare_text(out, root):
-    TEXT.main([str(root), f"--out={out}", "--jobs=1", "--force"])
-
-
-def old_dataset(out, kind):
-    """An old dataset in `out`: another corpus, nanoGPT's files with or without a meta.pkl, or none."""
-    if kind == "empty":
-        return
-    out.mkdir()
-    for split in ("train", "val"):
-        np.full(TOKENS, 40 if split == "train" else 30, dtype="<u2").tofile(out / f"{split}.bin")
-    if kind == "whole":
-        (out / "meta.json").write_text(json.dumps({"vocab_size": 50}))
-    if kind == "nanogpt_characters":
+def write_old(out, kind):
+    """An old dataset: with meta.json, with nanoGPT's meta.pkl, without either, or none at all."""
+    if kind != "none":
+        write_tokens(out, [40] * 400, [30] * 400, {"vocab_size": 50} if kind == "json" else None)
+    if kind == "pkl":
         (out / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 50, "stoi": {"a": 0}, "itos": {0: "a"}}))
 
 
 def seen(folder):
-    """(vocabulary, tokens of train, tokens of val) as training sees them, or the refusal, which is one line."""
+    """(vocabulary, tokens of train, tokens of val) that training reads, or the error message, which is one line."""
     try:
         data = open_dataset(str(folder), BLOCK)
         data.fingerprint()
@@ -63,26 +50,23 @@ def seen(folder):
 
 
 def killed_before(operation, action):
-    """Run action() in a process that ends before its n-th change of a file's name or wait for the disk.
-
-    Returns whether it was killed; if not, it came to its end.
-    """
+    """Run action() in a process that ends before its n-th change of a name or wait for the disk; whether it did."""
     pid = os.fork()
     if pid == 0:
-        status = 1
+        status, count = 1, 0
         signal.alarm(60)
+
+        def counting(function):
+            def call(*args, **options):
+                nonlocal count
+                count += 1
+                if count == operation:
+                    os._exit(KILLED)
+                return function(*args, **options)
+
+            return call
+
         try:
-            count = [0]
-
-            def counting(function):
-                def call(*args, **options):
-                    count[0] += 1
-                    if count[0] == operation:
-                        os._exit(KILLED)
-                    return function(*args, **options)
-
-                return call
-
             for name in ("replace", "fsync", "unlink", "open"):
                 setattr(os, name, counting(getattr(os, name)))
             action()
@@ -94,114 +78,95 @@ def killed_before(operation, action):
     return status == KILLED
 
 
-@pytest.mark.parametrize(
-    "prepare, kind",
-    [(prepare_text, "whole"), (prepare_text, "nanogpt")]
-    + [(STDLIB.prepare, kind) for kind in ("whole", "empty", "nanogpt_characters")],
-)
-def test_a_killed_preparation_leaves_the_old_dataset_the_new_one_or_a_refusal(prepare, kind, root, tmp_path):
-    old, new = tmp_path / "old", tmp_path / "new"
-    old_dataset(old, kind)
-    before = seen(old)
-    assert kind == "empty" or before[0] == (GPT2_VOCAB_SIZE if kind == "nanogpt" else 50)
-    prepare(new, root)
-    after = seen(new)
+@pytest.mark.parametrize("name, kind", [("text", "json"), ("text", "no_meta"), ("text", "pkl"), ("stdlib", "none")])
+def test_a_killed_preparation_leaves_the_old_dataset_the_new_one_or_a_refusal(name, kind, root, tmp_path):
+    write_old(tmp_path / "old", kind)
+    before = seen(tmp_path / "old")
+    assert kind == "none" or before[0] == (GPT2_VOCAB_SIZE if kind == "no_meta" else 50)
+    PREPARERS[name](tmp_path / "new", root)
+    after = seen(tmp_path / "new")
     assert after[0] == 257
-    found, operation, killed = [], 0, True
+    kinds, operation, killed = [], 0, True
     while killed:
         operation += 1
         out = tmp_path / str(operation)
-        old_dataset(out, kind)
-        killed = killed_before(operation, functools.partial(prepare, out, root))
-        found.append(seen(out))
-        assert found[-1] in (before, after) or "preparation was interrupted" in found[-1] or kind == "empty"
-        # another attempt makes it whole, and leaves nothing else
-        prepare(out, root)
+        write_old(out, kind)
+        killed = killed_before(operation, lambda out=out: PREPARERS[name](out, root))
+        found = seen(out)
+        assert found in (before, after) or "preparation was interrupted; prepare it again" in found or kind == "none"
+        kinds.append("old" if found == before else "new" if found == after else "refused")
+        PREPARERS[name](out, root)  # leaves a complete dataset and nothing else
         assert seen(out) == after
-        names = {path.name for path in out.iterdir() if not path.name.startswith(".lock")}
-        assert names - {"meta.pkl"} == {"train.bin", "val.bin", "meta.json"}
+        assert {path.name for path in out.iterdir()} - {".lock", ".lock.holder", "meta.pkl"} == set(FILES)
     assert operation > 10
-    kinds = [("old", "new", "refused")[0 if f == before else 1 if f == after else 2] for f in found]
-    assert kinds == sorted(kinds, key=("old", "refused", "new").index)  # in this order, and never back
-    assert set(kinds) == {"refused", "new"} | ({"old"} if kind != "empty" else set())
+    assert kinds == sorted(kinds, key=("old", "refused", "new").index)
+    assert set(kinds) == {"refused", "new"} | ({"old"} if kind != "none" else set())
 
 
-@pytest.mark.parametrize("moved", [0, 1])
-def test_an_error_while_the_files_are_moved_leaves_a_refusal(moved, root, tmp_path, monkeypatch):
-    out, replace = tmp_path / "out", os.replace
-    old_dataset(out, "whole")
+def test_files_are_on_the_disk_before_they_replace_others_in_a_safe_order(root, tmp_path, monkeypatch):
+    synced, replaced, fsync, replace = [], [], os.fsync, os.replace
 
-    def fail(source, target):
-        if target.suffix == ".bin":
-            fail.count += 1
-            if fail.count > moved:
-                raise OSError(5, "Input/output error")
+    def logged_fsync(handle):
+        synced.append(os.fstat(handle).st_ino)
+        if synced[-1] == tmp_path.stat().st_ino:
+            replaced.append("sync")
+        fsync(handle)
+
+    def logged_replace(source, target):
+        assert source.stat().st_ino in synced
+        replaced.append(target.name)
         replace(source, target)
 
-    fail.count = 0
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(UserError, match="Input/output error"):
-        prepare_text(out, root)
-    monkeypatch.undo()
-    assert "preparation was interrupted; prepare it again" in seen(out)
-    # the folder needs no --force, whatever its files look like
-    TEXT.main([str(root), f"--out={out}", "--jobs=1"])
-    assert seen(out)[0] == 257
+    monkeypatch.setattr(os, "fsync", logged_fsync)
+    monkeypatch.setattr(os, "replace", logged_replace)
+    PREPARERS["text"](tmp_path, root)
+    assert replaced == ["meta.json", "sync", "train.bin", "val.bin", "sync", "meta.json", "sync"]
 
 
-def test_an_error_while_the_tokens_are_written_leaves_the_old_dataset(tmp_path):
-    old_dataset(tmp_path / "out", "whole")
-    before = seen(tmp_path / "out")
-
-    def write(files):
-        files["train"].write(b"\1\0" * 100)
+def test_an_error_while_tokens_are_written_leaves_the_old_dataset(tmp_path):
+    def documents():
+        yield Document(["a" * 100], "train")
         raise OSError(28, "No space left on device")
 
+    write_old(tmp_path, "json")
+    before = seen(tmp_path)
     with pytest.raises(UserError, match="No space left"):
-        replace_dataset(tmp_path / "out", write)
-    assert seen(tmp_path / "out") == before
+        write_corpus(tmp_path, documents(), CharacterCodec.from_list(["a"]), {"source": "s"})
+    assert seen(tmp_path) == before
 
 
-def test_a_dataset_that_is_replaced_while_it_is_opened_is_refused(root, tmp_path, monkeypatch):
-    """meta.json is read, the files are replaced, and only then opened."""
-    out = tmp_path / "out"
-    old_dataset(out, "nanogpt")
-    open_file, calls = trainer_data.TokenData._open, []
+def test_a_dataset_that_is_replaced_while_it_is_being_opened_is_refused(root, tmp_path, monkeypatch):
+    write_old(tmp_path, "no_meta")
+    open_file, prepared = TokenData._open, []
 
-    def prepared_first(self, split):
-        if not calls:
-            calls.append(prepare_text(out, root))
+    def prepare_first(self, split):
+        prepared or prepared.append(PREPARERS["text"](tmp_path, root))
         return open_file(self, split)
 
-    monkeypatch.setattr(trainer_data.TokenData, "_open", prepared_first)
-    assert "prepared again while it was opened" in seen(out)
-    assert seen(out)[0] == 257
+    monkeypatch.setattr(TokenData, "_open", prepare_first)
+    assert "prepared again while it was being opened" in seen(tmp_path)
+    assert seen(tmp_path)[0] == 257
 
 
 @pytest.fixture
 def stdlib(root, tmp_path, monkeypatch):
-    """A folder data/stdlib whose corpus is made of `root`."""
-    folder = tmp_path / "data" / "stdlib"
-    folder.mkdir(parents=True)
-    shutil.copy(DATA / "stdlib" / "prepare.py", folder)
-    monkeypatch.setattr(trainer_data, "DATA", tmp_path / "data")
-    paths = sysconfig.get_paths()
-    monkeypatch.setattr(sysconfig, "get_paths", lambda: paths | {"stdlib": str(root)})
-    return folder
+    """A folder data/stdlib whose corpus is made from `root`."""
+    (tmp_path / "stdlib").mkdir()
+    shutil.copy(DATA / "stdlib" / "prepare.py", tmp_path / "stdlib")
+    monkeypatch.setattr(trainer_data, "DATA", tmp_path)
+    paths = sysconfig.get_paths() | {"stdlib": str(root)}
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: paths)
+    return tmp_path / "stdlib"
 
 
-def test_stdlib_is_prepared_again_after_an_interrupted_preparation(stdlib, root, capsys):
-    operation, refused = 0, 0
-    while killed_before(operation := operation + 1, lambda: STDLIB.prepare(stdlib, root)):
-        refused += (stdlib / "meta.json").exists() and "interrupted" in seen(stdlib)
+def test_an_interrupted_stdlib_is_prepared_again_on_first_use(stdlib, capsys):
+    write_tokens(stdlib, [1] * 40, meta={"incomplete": "being written"})
+    for expected in ("prepared Python", ""):
         assert open_dataset("stdlib", BLOCK).vocab_size == 257
-        assert "prepared Python" in capsys.readouterr().out or "train.bin" not in seen(stdlib)
-        for name in ("train.bin", "val.bin", "meta.json"):
-            (stdlib / name).unlink()
-    assert refused >= 3
+        assert capsys.readouterr().out.startswith(expected)
 
 
-def test_of_two_preparations_of_stdlib_at_once_one_waits_and_takes_what_the_other_wrote(stdlib, root, capsys):
+def test_processes_that_need_stdlib_at_once_prepare_it_once(stdlib, capsys):
     opened = []
     threads = [threading.Thread(target=lambda: opened.append(open_dataset("stdlib", BLOCK))) for _ in range(3)]
     with folder_lock(stdlib):
@@ -211,16 +176,14 @@ def test_of_two_preparations_of_stdlib_at_once_one_waits_and_takes_what_the_othe
         assert not opened and not (stdlib / "meta.json").exists()
     for thread in threads:
         thread.join(20)
-    assert len({data.tokens["train"].tobytes() for data in opened}) == 1 and len(opened) == 3
+    assert len(opened) == 3 and len({data.tokens["train"].tobytes() for data in opened}) == 1
     assert capsys.readouterr().out.count("prepared Python") == 1
 
 
-@pytest.mark.parametrize("prepare", [prepare_text, STDLIB.prepare], ids=["corpus", "stdlib"])
-def test_a_second_preparation_is_refused_and_changes_nothing(prepare, root, tmp_path):
-    out = tmp_path / "out"
-    old_dataset(out, "whole")
-    before = seen(out)
-    with folder_lock(out), pytest.raises(UserError, match="another process is writing to") as error:
-        prepare(out, root)
-    assert "\n" not in str(error.value)
-    assert seen(out) == before
+@pytest.mark.parametrize("name", PREPARERS)
+def test_a_second_preparation_at_once_is_refused_and_changes_nothing(name, root, tmp_path):
+    write_old(tmp_path, "json")
+    before = seen(tmp_path)
+    with folder_lock(tmp_path), pytest.raises(UserError, match=r"another process is writing to [^\n]*--out"):
+        PREPARERS[name](tmp_path, root)
+    assert seen(tmp_path) == before
