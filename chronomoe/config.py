@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from chronomoe.options import check_options, option
 
@@ -20,13 +22,13 @@ NEEDS = {
 }
 
 
-def missing_steps(config: ChronoConfig) -> list[tuple[str, str]]:
+def missing_steps(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Pairs (step, needed step) where the first is on and the second is off."""
     return [
         (step, needed)
         for step, needs in NEEDS.items()
         for needed in needs
-        if getattr(config, step) and not getattr(config, needed)
+        if values[step] and not values[needed]
     ]
 
 
@@ -123,7 +125,7 @@ class ChronoConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
-        for step, needed in missing_steps(self):
+        for step, needed in missing_steps(vars(self)):
             raise ValueError(f"{step}=True needs {needed}=True")
 
     @property

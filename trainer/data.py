@@ -95,7 +95,7 @@ class TokenData:
             for start in range(0, len(tokens), CHUNK):
                 chunk = tokens[start : start + CHUNK]
                 self._check_vocabulary(path, chunk.max())
-                sha256.update(chunk)
+                sha256.update(chunk.data)
                 bar.update(chunk.nbytes)
         return sha256.hexdigest()
 
@@ -192,6 +192,8 @@ def is_prepared(folder: Path) -> bool:
 def load_prepare(path: Path) -> Any:
     """Import a dataset's prepare.py."""
     spec = importlib.util.spec_from_file_location(f"prepare_{path.parent.name}", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

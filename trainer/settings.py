@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 from chronomoe.config import ChronoConfig, missing_steps
@@ -199,8 +198,8 @@ def from_values(values: dict[str, Any]) -> Settings:
     steps = {name.removeprefix(PREFIX): v for name, v in values.items() if name.startswith(PREFIX)}
     rest = {name: v for name, v in values.items() if not name.startswith(PREFIX)}
     # ChronoConfig checks this too, but its message does not have the prefix
-    for step, needed in missing_steps(SimpleNamespace(**(vars(ChronoConfig()) | steps))):
-        by_arm = f" (arm={rest['arm']!r} sets it)" if PREFIX + step in ARMS.get(rest.get("arm"), {}) else ""
+    for step, needed in missing_steps(vars(ChronoConfig()) | steps):
+        by_arm = f" (arm={rest['arm']!r} sets it)" if PREFIX + step in ARMS.get(rest.get("arm", ""), {}) else ""
         raise UserError(f"{PREFIX}{step}=True{by_arm} needs {PREFIX}{needed}=True")
     settings = Settings(**rest, chrono=ChronoConfig(**steps))
     if settings.chrono.steps_on() and settings.n_exp == 1:
