@@ -1,1 +1,1 @@
-"""Config files. Each is Python that sets keys of `python train.py --help`; one may import another's."""
+"""Config files. Each is Python and sets keys of `python train.py --help`. A config file can import another one."""

@@ -1,4 +1,4 @@
-"""The vertical slice with step 3 off: everything is measured, beta stays 0. The other half of the comparison."""
+"""The vertical slice with step 3 (beta) off: everything is measured, and beta stays 0. The baseline of a comparison."""
 
 from config.vertical_slice import *
 

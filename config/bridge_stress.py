@@ -1,7 +1,7 @@
-"""The vertical slice with a beta strong enough that the bridge has work to do, at the plan's threshold of JS 0.2.
+"""The vertical slice with a beta large enough for the bridge to act, at the plan's threshold of JS 0.2.
 
-At k_max 0.3 no beta can reach that threshold; with k_max 6 and a drift a thousand times the default it is passed within
-a few hundred steps, and relevance falls until beta and router hold each other.
+With k_max=0.3 no beta reaches that threshold. With k_max=6 and 1000 times the default drift, the disagreement exceeds
+it within a few hundred steps, and relevance falls until beta and the router are in balance.
 """
 
 from config.vertical_slice import *

@@ -1,4 +1,4 @@
-"""nanoMoE's 8-expert run with all five steps."""
+"""nanoMoE's 8-expert run with all five steps on."""
 
 from config.train_nano_moe import *
 

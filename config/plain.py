@@ -1,4 +1,4 @@
-"""The vertical slice with all five steps off: nanoMoE's own routing, dropless."""
+"""The vertical slice with all five steps off: nanoMoE's routing, dropless."""
 
 from config.vertical_slice import *
 

@@ -1,4 +1,7 @@
-"""Characters of Shakespeare with 4 experts: minutes on one GPU. First: python data/shakespeare_char/prepare.py"""
+"""Shakespeare by characters, with 4 experts.
+
+First: python data/shakespeare_char/prepare.py
+"""
 
 out_dir = "out/shakespeare_char"
 dataset = "shakespeare_char"
@@ -24,7 +27,7 @@ max_iters = 5000
 lr_decay_iters = 5000
 beta2 = 0.99
 
-# a small corpus is soon learnt by heart: ckpt_best.pt is what to keep
+# overfits: evaluate often, and use ckpt_best.pt
 eval_interval = 250
 eval_iters = 200
 log_interval = 10

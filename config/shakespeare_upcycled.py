@@ -1,4 +1,4 @@
-"""GPT-2 made a mixture of 4 experts (sparse upcycling) and trained on Shakespeare.
+"""GPT-2 with each dense MLP of every second block turned into 4 experts (sparse upcycling), trained on Shakespeare.
 
 First: python data/shakespeare/prepare.py, pip install transformers
 """
@@ -15,7 +15,7 @@ aux_loss_weight = 0.01
 
 block_size = 512
 batch_size = 1
-gradient_accumulation_steps = 32  # 16,384 tokens a step
+gradient_accumulation_steps = 32  # 16,384 tokens per step
 
 learning_rate = 3e-5
 decay_lr = False

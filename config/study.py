@@ -1,4 +1,4 @@
-"""The vertical slice, small enough that eight seeds of four arms end within an hour on two cores."""
+"""A smaller vertical slice: eight seeds of four arms train in less than an hour on two cores."""
 
 from config.vertical_slice import *
 
@@ -13,7 +13,7 @@ lr_decay_iters = 600
 learning_rate = 3e-3
 min_lr = 3e-4
 
-# Declared before the runs: differences in validation loss up to this, about 1% of it, do not matter.
+# Declared before the runs: differences in validation loss up to this value, about 1% of the loss, do not matter.
 margin = 0.02
 
 eval_interval = 25

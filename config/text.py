@@ -1,4 +1,7 @@
-"""Your own text, a token a byte, in the vertical slice's shape. First: python data/text/prepare.py FILE_OR_FOLDER..."""
+"""Your own text, one token per byte, with the model of the vertical slice.
+
+First: python data/text/prepare.py FILE_OR_FOLDER...
+"""
 
 from config.vertical_slice import *
 

@@ -1,4 +1,7 @@
-"""TinyStories with 8 experts, on one GPU. First: python data/tinystories/prepare.py"""
+"""TinyStories with 8 experts, for one GPU.
+
+First: python data/tinystories/prepare.py
+"""
 
 out_dir = "out/tinystories"
 dataset = "tinystories"

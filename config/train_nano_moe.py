@@ -1,4 +1,4 @@
-"""nanoMoE's 8-expert run on OpenWebText, dropless; --chrono_router=True and so on put the loop on it.
+"""nanoMoE's 8-expert run on OpenWebText, dropless. config/nano_moe_chrono.py adds the loop.
 
 torchrun --standalone --nproc_per_node=8 train.py config/train_nano_moe.py
 """
@@ -21,7 +21,7 @@ router_z_loss_weight = 0.001
 use_switch_tfm_init = True
 router_use_full_prec = True
 
-# 12 sequences x 1024 tokens x 40 micro-batches, over all ranks: 0.5 M tokens a step
+# 12 sequences x 1024 tokens x 40 micro-batches over all ranks: 0.5 M tokens per step
 batch_size = 12
 block_size = 1024
 gradient_accumulation_steps = 5 * 8

@@ -1,10 +1,10 @@
-"""All five steps on a nanoMoE small enough for a laptop: a few minutes on two cores."""
+"""All five steps with a small model: trains in a few minutes on two CPU cores."""
 
 out_dir = "out/vertical_slice"
 dataset = "stdlib"
 wandb_log = True
 
-# 4 blocks, of which 0 and 2 have 8 experts
+# 4 blocks; blocks 0 and 2 have 8 experts each
 n_layer = 4
 n_head = 4
 n_embd = 128
@@ -33,15 +33,15 @@ eval_interval = 100
 eval_iters = 20
 log_interval = 10
 
-# Step 1: add beta to the routing logits
+# step 1 (router): add beta to the routing logits
 chrono_router = True
-# Step 2: track coherence
+# step 2 (coherence): measure each expert's coherence
 chrono_coherence = True
-# Step 3: coherence moves beta
+# step 3 (beta): update beta from coherence
 chrono_beta = True
-# Step 4: weaken beta where it disagrees with the router
+# step 4 (bridge): weaken beta where it disagrees with the router
 chrono_bridge = True
-# Step 5: propose prunes
+# step 5 (lifecycle): propose prunes
 chrono_lifecycle = True
 chrono_unused_after = 500
 chrono_window = 250

@@ -1,1 +1,1 @@
-"""The plan's five steps, each file adding one to the file before."""
+"""The plan's five steps. Each file adds one step to the file before it."""

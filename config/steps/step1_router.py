@@ -1,4 +1,4 @@
-"""Step 1: the router takes beta (0 here) and measures clean against biased routing."""
+"""Step 1 (router): add beta (0 here) to the routing logits, and measure clean against biased routing."""
 
 from config.plain import *
 

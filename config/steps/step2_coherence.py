@@ -1,4 +1,4 @@
-"""Steps 1 and 2: each expert's coherence with its layer is tracked."""
+"""Steps 1 and 2 (coherence): also measure each expert's coherence with its layer."""
 
 from config.steps.step1_router import *
 

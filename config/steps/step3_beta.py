@@ -1,4 +1,4 @@
-"""Steps 1 to 3: coherence moves beta, and the loop is closed."""
+"""Steps 1 to 3 (beta): also update beta from coherence, which closes the loop."""
 
 from config.steps.step2_coherence import *
 

@@ -1,4 +1,4 @@
-"""Steps 1 to 4: beta is weakened where it disagrees with the router."""
+"""Steps 1 to 4 (bridge): also weaken beta where it disagrees with the router."""
 
 from config.steps.step3_beta import *
 

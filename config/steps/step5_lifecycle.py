@@ -1,4 +1,4 @@
-"""Steps 1 to 5: prunes are proposed, none is executed. The vertical slice, arrived at step by step."""
+"""Steps 1 to 5 (lifecycle): also propose prunes; none is executed. The same settings as config/vertical_slice.py."""
 
 from config.steps.step4_bridge import *
 
