@@ -15,11 +15,11 @@ import torch
 
 import sample
 import train
+from data.tokenizer import END_OF_TEXT, UNKNOWN, TiktokenCodec, byte_encoding, codec_for, encoding_for
 from model import GPT, GPTConfig
 from tests.helpers.models import build
 from tests.helpers.runs import ROOT, TINY, one_line, write_dataset
 from trainer.errors import UserError, run_script
-from data.tokenizer import END_OF_TEXT, UNKNOWN, TiktokenCodec, byte_encoding, codec_for, encoding_for
 from trainer.weights import build_model
 
 BLOCK = TINY["block_size"]

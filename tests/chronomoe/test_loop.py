@@ -1,251 +1,121 @@
-"""The loop's state: clocks, beta, bridge, lifecycle; step by step against plain Python."""
+"""The loop's state, step by step against plain Python, and what it costs and leaves unchanged."""
 
-import itertools
 import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_module
-from chronomoe import (
-    ChronoConfig,
-    ChronoLoop,
-    CoherenceBuffer,
-    LifecycleCoordinator,
-    MoETrace,
-    RouterState,
-    statistics,
-    update_beta,
-)
+from chronomoe import ChronoConfig, ChronoLoop, CoherenceBuffer, LifecycleCoordinator, RouterState, statistics
 from chronomoe.beta import derangement
-from tests.helpers.models import adamw, build, chrono, draw_beta, loop_state, tokens, train_step
+from tests.helpers import reference
+from tests.helpers.models import (
+    Operators,
+    adamw,
+    assert_same,
+    build,
+    chrono,
+    draw_beta,
+    loop_state,
+    state_of,
+    tokens,
+    trace_of,
+    train_step,
+)  # fmt: skip
 
 YES = torch.tensor(True)
 
 
-def trace(phi, kept, disagreement=(0.0,), logit_std=(1.0,)):
-    """A trace of one layer in which expert e has coherence phi[e] (mixture: the first axis) and kept[e] tokens."""
-    E = len(phi)
-    output = torch.zeros(1, E, E + 2)
-    for e, value in enumerate(phi):
-        output[0, e, 0], output[0, e, e + 1] = value, math.sqrt(1 - value * value)
-    gated = torch.zeros(1, E, E + 2)
-    gated[0, 0, 0] = 1.0
-    kept = torch.tensor([kept], dtype=torch.float32)
-    one = torch.ones(())
-    zero = torch.zeros(1)
-    return MoETrace(
-        tokens=one, batches=one, cross_entropy=one, aux_loss=one, router_z_loss=one, chosen=kept, kept=kept,
-        prob=torch.full((1, E), 1 / E), logit_var=torch.tensor(logit_std).square(), js=zero, overlap=zero, flip=zero,
-        flip_set=zero, disagreement=torch.tensor(disagreement), relevance=zero, output=output, gated_output=gated,
-    )  # fmt: skip
+def loop_of(config, num_layers=1, num_experts=3, seed=0):
+    return ChronoLoop(RouterState(num_layers, num_experts, config), list(range(0, 2 * num_layers, 2)), seed)
 
 
-def loop_of(E=3, **changes):
-    config = chrono(**changes)
-    return ChronoLoop(RouterState(1, E, config), layer_ids=[0])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"center": True},
+        {"signal": "shuffled"},
+        {"signal": "shuffled", "center": True},
+        {"signal": "load"},
+        {"ema_debias": False},
+    ],
+)
+def test_state_follows_plain_python_through_skipped_steps_and_absent_experts(changes):
+    rates = dict(alpha_fast=0.5, alpha_mid=0.8, alpha_slow=0.95, logit_std_alpha=0.7)
+    config = chrono(eta=0.1, tau=0.2, k_max=0.125, window=3, bridge_threshold=0.2, **rates, **changes)
+    L, E = 2, 4
+    loop = loop_of(config, L, E, seed=1)
+    slow = [reference.SlowLoop(config, follows) for follows in loop.follows.tolist()]
+    assert loop.coherence.layer_phi().tolist() == [0, 0]
+    was_clamped = False
+    for step in range(60):
+        phi, kept = 2 * torch.rand(L, E) - 1, torch.randint(3, (L, E)) * torch.randint(2, (L, E))
+        routed, std, disagreement = kept + torch.randint(3, (L, E)), 1 + torch.rand(L), torch.rand(L)
+        phi[0, 1] = math.nan if step % 8 == 5 else 0.5  # a phi that is not finite is not used
+        found_inf, cross_entropy = float(step % 7 == 3), (math.nan, math.inf, 1.0)[min(step % 11, 2)]
+        ok = found_inf == 0 and cross_entropy == 1
+        measured = dict(logit_var=std.square(), disagreement=disagreement, cross_entropy=torch.tensor(cross_entropy))
+        trace = trace_of(phi, kept, tokens_per_expert=routed.float(), **measured)
+        loop.step(trace, torch.tensor(found_inf) if step % 2 or found_inf else None)
+        for one, *values in zip(slow, *(x.tolist() for x in (phi, kept, routed, std, disagreement))):
+            one.update(*values, ok)
 
-
-def test_debiased_clocks_read_the_truth_from_the_first_step_on():
-    loop = loop_of()
-    for step in range(1, 40):
-        loop.step(trace([0.8, 0.2, -0.3], [5, 5, 5 if step == 1 else 0]))
-        for clock in ("fast", "mid", "slow"):
-            torch.testing.assert_close(loop.coherence.phi(clock), torch.tensor([[0.8, 0.2, -0.3]]))
-    plain = loop_of(ema_debias=False)
-    for _ in range(100):
-        plain.step(trace([0.8, 0.2, -0.3], [5, 5, 5]))
-    expected = 0.8 * (1 - 0.999**100)  # a tenth of the truth
-    assert plain.coherence.phi("slow")[0, 0].item() == pytest.approx(expected, rel=1e-4)
+        c, router = loop.coherence, loop.router_state
+        was_clamped |= (router.beta_coeff.abs() == config.k_max).any().item()
+        ours = {name: getattr(c, name) for name in ("update_count", "total_tokens_seen", "last_update_step")}
+        ours |= {"beta": router.beta_coeff, "logit_std": router.logit_std, "disagreement": router.disagreement}
+        ours |= {"relevance": router.relevance, "observed": c.observed(), "layer_phi": c.layer_phi()}
+        ours |= {f"phi_{clock}": c.phi(clock) for clock in ("fast", "mid", "slow")}
+        expected = [one.state() for one in slow]
+        for name, value in ours.items():
+            theirs = torch.tensor([state[name] for state in expected]).double()
+            torch.testing.assert_close(value.double(), theirs, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    assert was_clamped and router.relevance.min() < 1
 
 
 def test_debiasing_is_accurate_in_float32_at_the_first_updates():
     buffer = CoherenceBuffer(1, 1, chrono(alpha_slow=0.99999))
-    raw = torch.tensor([[[0.0, 0.37]]])
-    for n in range(1, 30):
-        buffer.update(trace([0.37], [1]), YES)
-        assert buffer.phi("slow").item() == pytest.approx(0.37, rel=2e-3), (n, raw)
-
-
-def test_experts_without_tokens_keep_phi_counts_and_last_step():
-    loop = loop_of(window=4)
-    loop.step(trace([0.5, 0.6, 0.7], [10, 20, 0]))
-    for _ in range(5):
-        loop.step(trace([0.1, 0.1, 0.1], [10, 0, 0]))
-    c = loop.coherence
-    assert c.phi("slow")[0, 1].item() == pytest.approx(0.6)
-    assert c.update_count.tolist() == [[6, 1, 0]]
-    assert c.total_tokens_seen.tolist() == [[60, 20, 0]]
-    assert c.last_update_step.tolist() == [[6, 1, -1]]
-    assert c.observed().tolist() == [[True, False, False]]
-    states = loop.snapshot()
-    assert states[0, 2].phi_slow is None and states[0, 2].last_update_step == -1
-    assert states[0, 1].expert_id == "L0_E1" and not states[0, 1].is_being_observed
-    values = loop.read()
-    assert values["expert/L0_E2/phi_slow"] is None
-    tokens_seen, phis = [60, 20], [c.phi("slow")[0, 0].item(), 0.6]
-    layer = sum(n * p for n, p in zip(tokens_seen, phis)) / 80  # never observed: left out
-    assert values["coherence/L0/layer"] == pytest.approx(layer, rel=1e-5)
-    assert values["coherence/L0/phi_slow_min"] == pytest.approx(min(phis), rel=1e-5)
-
-
-def test_beta_falls_below_tau_rises_above_and_stops_at_the_clamp():
-    loop = loop_of(eta=0.1, tau=0.5, k_max=0.12)
-    for step in range(1, 8):
-        loop.step(trace([0.8, 0.2, 0.5], [5, 5, 0]))
-        expected = [min(0.12, 0.03 * step), max(-0.12, -0.03 * step), 0.0]
-        torch.testing.assert_close(loop.router_state.beta_coeff, torch.tensor([expected]))
-    assert loop.read()["beta/L0/clamped"] == pytest.approx(2 / 3)
-    assert loop.read()["beta/L0/spread"] == pytest.approx(0.24)
-
-
-def test_centring_takes_out_the_mean_drift_of_the_experts_that_move():
-    loop = loop_of(eta=0.1, tau=0.9, center=True, k_max=10.0)
-    loop.step(trace([0.8, 0.2, 0.5], [5, 5, 0]))
-    torch.testing.assert_close(loop.router_state.beta_coeff, torch.tensor([[0.03, -0.03, 0.0]]))
-    for _ in range(3):  # expert 1 still has its phi of 0.2
-        loop.step(trace([0.8, 0.2, 0.5], [5, 0, 5]))
-    torch.testing.assert_close(loop.router_state.beta_coeff, torch.tensor([[0.075, -0.03, -0.045]]))
-    loop.step(trace([0.8, 0.2, 0.5], [5, 0, 0]))  # one expert alone is its own mean
-    torch.testing.assert_close(loop.router_state.beta_coeff, torch.tensor([[0.075, -0.03, -0.045]]))
-
-
-def test_beta_of_an_expert_moves_only_in_steps_that_give_it_tokens():
-    """Its phi is frozen in the others, and beta would follow it to the clamp."""
-    loop = loop_of(eta=0.1, tau=0.6, window=1000, k_max=10.0)
-    generator = torch.Generator().manual_seed(0)
-    expected = torch.zeros(3)
-    phi = torch.tensor([0.9, 0.2, 0.5])
     for _ in range(30):
-        kept = torch.randint(2, (3,), generator=generator)
-        loop.step(trace(phi.tolist(), kept.tolist()))
-        expected += 0.1 * (phi - 0.6) * kept
-        torch.testing.assert_close(loop.router_state.beta_coeff[0], expected)
-    before = loop.router_state.beta_coeff.clone()
-    for _ in range(50):
-        loop.step(trace(phi.tolist(), [5, 0, 0]))
-    assert torch.equal(loop.router_state.beta_coeff[0, 1:], before[0, 1:])
-    assert loop.coherence.observed().all()  # the window is that of the lifecycle
+        buffer.update(trace_of([[0.37]], [[1]]), YES)
+        assert buffer.phi("slow").item() == pytest.approx(0.37, rel=2e-3)
 
 
-def test_a_shuffled_beta_moves_where_the_expert_that_it_follows_got_tokens():
-    loop = loop_of(signal="shuffled", eta=0.1, tau=0.0, k_max=10.0)
-    phi = torch.tensor([0.8, 0.2, -0.3])
-    loop.step(trace(phi.tolist(), [5, 5, 5]))
-    before = loop.router_state.beta_coeff[0].clone()
-    loop.step(trace(phi.tolist(), [5, 0, 0]))
-    followed = loop.follows[0] == 0
-    assert followed.sum() == 1
-    torch.testing.assert_close(loop.router_state.beta_coeff[0], before + 0.1 * 0.8 * followed)
+def test_a_statistic_that_is_not_finite_leaves_logit_std_and_relevance_unchanged():
+    loop = loop_of(chrono(bridge_threshold=0.2))
+    first = trace_of([[0.5] * 3], [[1] * 3], logit_var=torch.tensor([9.0]), disagreement=torch.tensor([0.4]))
+    nan = torch.tensor([math.nan])
+    for trace in (first, trace_of([[0.5] * 3], [[1] * 3], logit_var=nan, disagreement=nan)):
+        loop.step(trace)
+        assert loop.router_state.logit_std.item() == pytest.approx(3.0)
+        assert loop.router_state.relevance.item() == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("signal", ["coherence", "shuffled", "load"])
-def test_a_skipped_step_moves_no_beta_whatever_drives_it(signal):
-    loop = loop_of(signal=signal, eta=0.1, tau=0.0)
-    loop.step(trace([0.8, 0.2, -0.3], [6, 5, 4]))
-    before = loop.router_state.beta_coeff.clone()
-    assert before.any()
-    loop.step(trace([0.8, 0.2, -0.3], [6, 5, 4]), torch.ones(()))
-    assert torch.equal(loop.router_state.beta_coeff, before)
-    loop.step(trace([0.8, 0.2, -0.3], [6, 5, 4]), torch.zeros(()))
-    assert not torch.equal(loop.router_state.beta_coeff, before)
-
-
-def test_update_beta_alone_follows_a_buffer():
-    config = chrono(eta=0.2, tau=0.1)
-    state, buffer = RouterState(1, 2, config), CoherenceBuffer(1, 2, config)
-    buffer.update(trace([0.6, -0.4], [1, 1]), YES)
-    update_beta(state, buffer, YES)
-    torch.testing.assert_close(state.beta_coeff, torch.tensor([[0.1, -0.1]]))
-
-
-def test_shuffled_signal_gives_each_expert_anothers_coherence():
+def test_a_shuffled_expert_follows_another_one_by_a_permutation_from_the_seed():
     follows = derangement(40, 8, seed=3)
     assert (follows != torch.arange(8)).all()
     assert (follows.sort(-1).values == torch.arange(8)).all()
     assert torch.equal(follows, derangement(40, 8, seed=3)) and not torch.equal(follows, derangement(40, 8, seed=4))
-    loop = loop_of(signal="shuffled", eta=0.1, tau=0.0)
-    phi = torch.tensor([0.8, 0.2, -0.3])
-    loop.step(trace(phi.tolist(), [5, 5, 5]))
-    torch.testing.assert_close(loop.router_state.beta_coeff[0], 0.1 * phi[loop.follows[0]])
+    assert torch.equal(loop_of(chrono(signal="shuffled"), 40, 8, seed=3).follows, follows)
 
 
-def test_load_signal_moves_beta_by_the_sign_of_the_load_error_recentred():
-    loop = loop_of(E=4, signal="load", eta=0.1)
-    loop.step(trace([0.5] * 4, [10, 2, 3, 5]))
-    drift = torch.tensor([-0.1, 0.1, 0.1, 0.0])
-    torch.testing.assert_close(loop.router_state.beta_coeff[0], drift - drift.mean())
-    loop.step(trace([0.5] * 4, [10, 0, 5, 5]))  # an expert without tokens rises
-    drift += torch.tensor([-0.1, 0.1, 0.0, 0.0])
-    torch.testing.assert_close(loop.router_state.beta_coeff[0], drift - drift.mean())
-
-
-def test_logit_std_starts_at_its_first_observation():
-    loop = loop_of(logit_std_alpha=0.9)
-    loop.step(trace([0.5] * 3, [1] * 3, logit_std=(3.0,)))
-    assert loop.router_state.logit_std.item() == pytest.approx(3.0)
-    loop.step(trace([0.5] * 3, [1] * 3, logit_std=(5.0,)))
-    assert loop.router_state.logit_std.item() == pytest.approx(0.9 * 3 + 0.1 * 5)
-
-
-def test_relevance_follows_the_stored_disagreement_of_the_last_step():
-    loop = loop_of(bridge_threshold=0.2)
-    for seen, r in ((0.1, 1.0), (0.4, 0.5), (0.9, 0.0), (0.1, 1.0)):
-        loop.step(trace([0.5] * 3, [1] * 3, disagreement=(seen,)))
-        assert loop.router_state.relevance.item() == pytest.approx(r)
-        assert loop.router_state.disagreement.item() == pytest.approx(seen)
-
-
-def test_full_strength_disagreement_does_not_alternate():
-    """The plan's relevance, taken from the routing that was used, swings between weak and full; ours settles."""
-    model, loop = build(chrono(bridge_threshold=0.02, k_max=3.0, eta=0.0), use_aux_loss=False)
-    draw_beta(model)
-    relevances = []
-    for _ in range(6):
-        loop.step(model(*tokens(0), return_trace=True)[2])
-        relevances.append(model.router_state.relevance.clone())
-    # from the second step on (the first reads a logit_std not observed yet) the same batch gives the same r
-    for earlier, later in itertools.pairwise(relevances[1:]):
-        torch.testing.assert_close(earlier, later, rtol=0, atol=0.15)
-    assert torch.stack(relevances).min() < 1
-
-
-def test_a_bridge_that_is_off_leaves_beta_at_full_strength():
-    model, _ = build(chrono(bridge=False))
-    draw_beta(model)
-    model.router_state.relevance.zero_()  # as left by a run with the bridge on
-    assert all(bias.relevance == 1 for bias in model.router_state.layer_biases())
-
-
-def test_a_non_finite_step_changes_nothing_but_time():
+def test_a_step_that_is_not_finite_changes_no_weight_and_no_state():
     model, loop = build(chrono(eta=0.1))
     optimizer = adamw(model)
     train_step(model, loop, optimizer, [tokens(0)])
-    before = loop_state(loop)
-    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    before = state_of(model, loop)
     with torch.no_grad():
         kept = model.lm_head.weight[0, 0].item()
         model.lm_head.weight[0, 0] = math.inf
     train_step(model, loop, optimizer, [tokens(1)])
     with torch.no_grad():
         model.lm_head.weight[0, 0] = kept
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, weights[name]), name
-    for name, value in loop_state(loop).items():
-        assert torch.equal(value, before[name]) or name == "coherence.step", name
-    assert loop.coherence.step == 2
+    after = state_of(model, loop)
+    assert after.pop("coherence.step") == before.pop("coherence.step") + 1
+    assert_same(after, before)
     train_step(model, loop, optimizer, [tokens(2)])
     assert all(value.isfinite().all() for value in loop_state(loop).values())
-    assert not torch.equal(model.lm_head.weight, weights["lm_head.weight"])
-
-
-def test_a_variance_that_is_no_number_is_not_taken_in():
-    loop = loop_of(logit_std_alpha=0.9)
-    loop.step(trace([0.5] * 3, [1] * 3, logit_std=(3.0,)))
-    loop.step(trace([0.5] * 3, [1] * 3, logit_std=(math.nan,), disagreement=(math.nan,)))
-    assert loop.router_state.logit_std.item() == pytest.approx(3.0)
-    assert loop.router_state.relevance.item() == 1.0
+    assert not torch.equal(model.lm_head.weight, before["lm_head.weight"])
 
 
 def test_state_stays_float32_when_the_model_is_cast():
@@ -261,198 +131,98 @@ def test_state_stays_float32_when_the_model_is_cast():
 
 
 def test_saved_state_continues_bit_for_bit():
+    config = chrono(eta=0.2, signal="shuffled", prune_phi=1.0, prune_min_tokens=10, prune_min_updates=1)
     runs = []
     for stop in (None, 3):
-        model, loop = build(chrono(eta=0.2, prune_min_tokens=10, prune_min_updates=1))
+        model, loop = build(config)
         optimizer = adamw(model)
         for step in range(6):
             if step == stop:
                 saved = model.state_dict(), optimizer.state_dict(), loop.state_dict()
-                model, loop = build(chrono(eta=0.2, prune_min_tokens=10, prune_min_updates=1), seed=9)
+                model, loop = build(config, seed=9)
+                loop.follows = derangement(2, 8, seed=9)
                 optimizer = adamw(model)
-                model.load_state_dict(saved[0])
-                optimizer.load_state_dict(saved[1])
-                loop.load_state_dict(saved[2])
+                for part, state in zip((model, optimizer, loop), saved):
+                    part.load_state_dict(state)
             train_step(model, loop, optimizer, [tokens(step)])
-        runs.append(loop_state(loop) | dict(model.state_dict()))
-    for name, value in runs[0].items():
-        assert torch.equal(value, runs[1][name]), name
+        runs.append(state_of(model, loop))
+    assert_same(*runs)
+    assert runs[0]["lifecycle.open"].any()
 
 
-def test_all_steps_off_the_loop_keeps_only_loads():
-    model, loop = build(ChronoConfig())
+@pytest.mark.parametrize(("changes", "read"), [({}, {"load_cv", "dropped", "load"}), ({"n_exp": 1}, set())])
+def test_with_all_steps_off_only_loads_are_read_and_no_state_changes(changes, read):
+    model, loop = build(ChronoConfig(), **changes)
+    before = loop_state(loop)
     train_step(model, loop, adamw(model), [tokens(0)])
-    assert {name.rsplit("/", 1)[1] for name in loop.read()} == {"load_cv", "dropped", "load"}
-    assert (model.router_state.beta_coeff == 0).all() and loop.coherence.step == 0
-
-
-def test_a_dense_model_has_nothing_to_read():
-    model, loop = build(n_exp=1)
-    train_step(model, loop, adamw(model), [tokens(0)])
-    assert loop.read() == {} and loop.report() == []
+    assert {name.rsplit("/", 1)[1] for name in loop.read()} == read and loop.report() == []
+    assert_same(loop_state(loop), before)
 
 
 # Lifecycle
 
 
-def opened(loop):
-    return [(d.expert_id, d.reason, d.action, d.step) for d in loop.report()]
+def test_prune_rules_agree_with_plain_python_on_both_sides_of_every_limit():
+    limits = dict(prune_phi=0.5, prune_min_tokens=3, prune_min_updates=2, unused_tokens=2, unused_after=6, window=3)
+    config = chrono(starving_phi=0.5, **limits)
+    L, E = 500, 3
+    c, coordinator = CoherenceBuffer(L, E, config), LifecycleCoordinator(L, E, config)
+    for step in (5, 6, 7):
+        c.step.fill_(step)
+        c.total_tokens_seen.copy_(torch.randint(6, (L, E)))
+        c.update_count.copy_(torch.randint(5, (L, E)))
+        c.last_update_step.copy_(step - torch.randint(6, (L, E)))
+        phi = torch.randint(1, 4, (L, E)) / 4  # exact in float32
+        rows = zip(*(x.tolist() for x in (c.total_tokens_seen, c.update_count, c.last_update_step, phi)))
+        expected = []
+        for tokens_seen, updates, last, phis in rows:
+            starves = sum(p * n for p, n in zip(phis, tokens_seen)) / max(sum(tokens_seen), 1) < 0.5
+            unused = [step >= 6 and not starves and (n < 2 or step - at >= 3) for n, at in zip(tokens_seen, last)]
+            low = [p < 0.5 and n > 3 and count > 2 for p, n, count in zip(phis, tokens_seen, updates)]
+            expected.append((unused, low))
+        assert torch.equal(coordinator.evaluate(c, phi), torch.tensor(expected).transpose(0, 1))
+        coordinator.update(c, phi)
+        assert coordinator.candidates() == torch.tensor(expected).any(1).sum()
 
 
-def test_low_coherence_opens_at_its_step_once_and_is_withdrawn():
-    loop = loop_of(prune_phi=0.3, prune_min_tokens=20, prune_min_updates=3, alpha_slow=0.5)
-    for _ in range(10):
-        loop.step(trace([0.8, 0.1, 0.6], [6, 6, 6]))
-    # over 20 tokens from step 4 on (24), over 3 updates from step 4 on
-    assert opened(loop) == [("L0_E1", "low_coherence", "open", 4)]
-    assert opened(loop) == []
-    assert loop.read()["lifecycle/candidates"] == 1
-    loop.step(trace([0.8, 0.9, 0.6], [6, 6, 6]))
-    loop.step(trace([0.8, 0.9, 0.6], [6, 6, 6]))
-    assert opened(loop) == [("L0_E1", "low_coherence", "withdrawn", 11)]
+def test_a_candidate_is_reported_once_when_it_opens_and_once_when_it_is_withdrawn():
+    limits = dict(prune_phi=0.3, prune_min_tokens=20, prune_min_updates=3, unused_after=2, unused_tokens=10, window=4)
+    loop = loop_of(chrono(alpha_slow=0.5, **limits))
+    loop.began_at = 100
+
+    def reported():
+        return [(d.expert_id, d.reason, d.action, d.step, d.total_tokens_seen) for d in loop.report()]
+
+    for step in range(1, 11):
+        loop.step(trace_of([[0.8, 0.1, 0.6]], [[6, 6, 30 if step <= 3 else 0]]))
+    # expert 1 has more than 20 tokens and 3 updates from step 4 on; expert 2 has had no token for 4 steps at step 7
+    low, unused = ("L0_E1", "low_coherence"), ("L0_E2", "low_observability")
+    assert reported() == [(*low, "open", 104, 60), (*unused, "open", 107, 90)]
+    assert reported() == [] and loop.read()["lifecycle/candidates"] == 2
+    for _ in range(2):
+        loop.step(trace_of([[0.8, 0.9, 0.6]], [[6, 6, 30]]))
+    assert reported() == [(*unused, "withdrawn", 111, 150), (*low, "withdrawn", 111, 72)]
 
 
-@pytest.mark.parametrize(("healthy", "proposed"), [(0.8, True), (0.4, False)])
-def test_a_starved_expert_is_proposed_unless_its_layer_starves(healthy, proposed):
-    loop = loop_of(unused_after=5, unused_tokens=10, window=100)
-    for step in range(1, 9):
-        loop.step(trace([healthy] * 3, [50, 50, 9 if step == 1 else 0]))
-    found = [("L0_E2", "low_observability", "open", 5)] if proposed else []
-    assert opened(loop) == found
-    assert loop.read()["coherence/L0/starving"] == (not proposed)
-
-
-def test_an_expert_that_dies_late_is_found_after_the_window():
-    loop = loop_of(unused_after=2, unused_tokens=10, window=4)
-    for step in range(1, 12):
-        loop.step(trace([0.8] * 3, [50, 50, 50 if step <= 3 else 0]))
-    assert opened(loop) == [("L0_E2", "low_observability", "open", 7)]
-    loop.step(trace([0.8] * 3, [50, 50, 50]))
-    assert opened(loop) == [("L0_E2", "low_observability", "withdrawn", 12)]
-
-
-def test_proposals_execute_nothing():
-    config = dict(prune_phi=1.0, prune_min_tokens=0, prune_min_updates=0)  # everything is a candidate
-    results = []
-    for lifecycle in (True, False):
-        model, loop = build(chrono(eta=0.1, lifecycle=lifecycle, **config))
-        optimizer = adamw(model)
-        for step in range(4):
-            train_step(model, loop, optimizer, [tokens(step)])
-        assert len(loop.report()) == (16 if lifecycle else 0)
-        results.append(model.state_dict())
-    for name, value in results[0].items():
-        assert torch.equal(value, results[1][name]), name
-
-
-def test_before_any_token_no_layer_statistic_divides_by_zero():
-    config = chrono(unused_after=0)
-    buffer, coordinator = CoherenceBuffer(1, 3, config), LifecycleCoordinator(1, 3, config)
-    assert buffer.layer_phi().tolist() == [0.0]
-    coordinator.update(buffer)
-    assert coordinator.candidates() == 0  # a layer without tokens starves
+# Steps that log, and costs
 
 
 @pytest.mark.parametrize("changes", [{}, {"bridge_scope": "token", "bridge_signal": "overlap"}, {"bridge": False}])
 def test_steps_that_log_and_steps_that_do_not_leave_the_same_state(changes):
-    """Else how often a run logs would change its result."""
+    """Otherwise the interval between logged steps would change a run's result."""
     states, losses = [], []
     for kinds in ([True] * 6, [False] * 6, [False, True] * 3):
         model, loop = build(chrono(eta=0.05, bridge_threshold=0.01, **changes))
         optimizer = adamw(model)
         losses.append([train_step(model, loop, optimizer, [tokens(i)], logged=kind) for i, kind in enumerate(kinds)])
         states.append(loop_state(loop))
-    for state, loss in zip(states[1:], losses[1:]):
-        assert loss == losses[0]
-        assert all(torch.equal(value, states[0][name]) for name, value in state.items())
+    assert losses[0] == losses[1] == losses[2]
+    for state in states[1:]:
+        assert_same(state, states[0])
     assert states[0]["coherence.step"] == 6 and (states[0]["router.beta_coeff"] != 0).any()
 
 
-class Kernels(TorchDispatchMode):
-    """Counts operators, which are kernels where they compute."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += 1
-        return func(*args, **(kwargs or {}))
-
-
-def kernels_of(layers: int) -> tuple[int, int]:
-    """Operators of the loop's step, and of the statistics that the forward gathers, with so many MoE layers."""
-    model, loop = build(chrono(), n_layer=2 * layers)
-    caught = []
-    gather = model_module.collect_trace
-    model_module.collect_trace = lambda *args, **kwargs: caught.append((args, kwargs)) or gather(*args, **kwargs)
-    try:
-        trace = model(*tokens(0), return_trace=True)[2]
-    finally:
-        model_module.collect_trace = gather
-    with Kernels() as step:
-        loop.step(trace)
-    args, kwargs = caught[0]
-    with Kernels() as statistics:
-        gather(*args, **kwargs)
-    return step.count, statistics.count
-
-
-def test_the_loop_and_the_statistics_take_as_many_kernels_for_twelve_layers_as_for_two():
-    assert kernels_of(2) == kernels_of(12)
-    assert kernels_of(2)[0] < 100
-
-
-def test_layers_taken_in_groups_give_the_same_statistics(monkeypatch):
-    model, _ = build(chrono(), n_layer=10)
-    draw_beta(model)
-    whole = model(*tokens(0), return_trace=True)[2]
-    monkeypatch.setattr(statistics, "MAX_ENTRIES", 2 * 8 * 16 * 8)  # two layers of the five at a time
-    grouped = model(*tokens(0), return_trace=True)[2]
-    for name, value in whole.present().items():
-        torch.testing.assert_close(value, getattr(grouped, name))
-
-
-def layers_of(config, noisy):
-    """The routings of a model's MoE layers for one batch of 256 tokens."""
-    model, loop = build(config, use_noisy_top_k=noisy)
-    draw_beta(model)
-    found = []
-    for block in loop.layer_ids:
-        model.transformer.h[block].mlp.router.register_forward_hook(lambda *args: found.append(args[-1]))
-    model(*tokens(0, batch=16))
-    return found
-
-
-@pytest.mark.parametrize("noisy", [False, True])
-@pytest.mark.parametrize("scope", ["batch", "token"])
-def test_a_layer_over_the_bound_is_taken_in_slices_of_tokens(scope, noisy, monkeypatch):
-    config = chrono(bridge_scope=scope, bridge_threshold=0.01, k_max=2.0)
-    routings = layers_of(config, noisy)
-    whole = statistics.routing_sums(routings, config)
-    allowed = 8 * 30  # 30 of the 256 tokens: the last slice is shorter
-    monkeypatch.setattr(statistics, "MAX_ENTRIES", allowed)
-    with Largest() as largest:
-        sliced = statistics.routing_sums(routings, config)
-    assert whole.keys() == sliced.keys() and whole["js"].shape == (2,)
-    for name, value in whole.items():
-        torch.testing.assert_close(sliced[name], value)
-    assert largest.entries == 2 * allowed  # of each of the two choices, whether an expert's logit is larger
-
-
-class Largest(TorchDispatchMode):
-    """Entries of the largest tensor that an operator returns; views of its arguments are not counted."""
-
-    entries = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if torch.is_tensor(out) and not out._is_view():
-            self.entries = max(self.entries, out.numel())
-        return out
-
-
-def test_a_compiled_step_does_what_the_step_does():
+def test_a_compiled_update_leaves_the_same_state():
     states = []
     for compiled in (False, True):
         model, loop = build(chrono(eta=0.05, bridge_threshold=0.01))
@@ -461,5 +231,47 @@ def test_a_compiled_step_does_what_the_step_does():
         for i in range(3):
             loop.step(model(*tokens(i), return_trace=True)[2], torch.zeros(()))
         states.append(loop_state(loop))
-    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    assert_same(*states)
     assert (states[1]["router.beta_coeff"] != 0).any()
+
+
+def test_the_number_of_operators_does_not_depend_on_the_number_of_layers(monkeypatch):
+    """For the loop's update and for the statistics of a forward."""
+    counts = []
+    for layers in (2, 12):
+        model, loop = build(chrono(), n_layer=2 * layers)
+        of_forward = Operators()
+
+        def counted(*args, operators=of_forward, **options):
+            with operators:
+                return statistics.collect_trace(*args, **options)
+
+        monkeypatch.setattr(model_module, "collect_trace", counted)
+        trace = model(*tokens(0), return_trace=True)[2]
+        with Operators() as update:
+            loop.step(trace)
+        counts.append((of_forward.count, update.count))
+    assert counts[0] == counts[1] and min(counts[0]) > 0
+
+
+@pytest.mark.parametrize("at_a_time", [2 * 256 * 8, 30 * 8])  # two of five layers; 30 of a layer's 256 tokens
+@pytest.mark.parametrize("changes", [{}, {"bridge_scope": "token"}])
+@pytest.mark.parametrize("noisy", [False, True])
+def test_statistics_of_groups_and_slices_are_those_of_the_whole_in_bounded_memory(
+    noisy, changes, at_a_time, monkeypatch
+):
+    config = chrono(bridge_threshold=0.01, k_max=2.0, **changes)
+    model, loop = build(config, n_layer=10, use_noisy_top_k=noisy)
+    draw_beta(model)
+    routings = []
+    for block in loop.layer_ids:
+        model.transformer.h[block].mlp.router.register_forward_hook(lambda *args: routings.append(args[-1]))
+    model(*tokens(0, batch=16))
+    whole = statistics.routing_sums(routings, config)
+    monkeypatch.setattr(statistics, "MAX_ENTRIES", at_a_time)
+    with Operators() as operators:
+        parts = statistics.routing_sums(routings, config)
+    assert whole.keys() == parts.keys() and whole["js"].shape == (5,)
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value)
+    assert operators.largest <= 2 * at_a_time  # the rank of each of the two choices

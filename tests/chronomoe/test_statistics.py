@@ -1,4 +1,4 @@
-"""What the forward and the loop measure, against loops over tokens and experts (tests/reference.py)."""
+"""What a forward and the loop measure, against loops over tokens and experts (tests/helpers/reference.py)."""
 
 import math
 
@@ -15,194 +15,110 @@ from chronomoe import (
 )
 from chronomoe.bridge import bias_needed, reach
 from comparison.probe import gate_mass_moved
-from model import GPTConfig, MOELayer
 from ops.dispatch import plan_dispatch
 from tests.helpers import reference
-from tests.helpers.models import build, chrono, draw_beta, tokens
+from tests.helpers.models import build, chrono, draw_beta, moe_layer, tokens
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
-DTYPES = list(TOLERANCE)
+FULL = torch.ones(())
 
 
 def close(ours, theirs, dtype):
-    torch.testing.assert_close(
-        torch.as_tensor(ours, dtype=torch.float64), torch.as_tensor(theirs, dtype=torch.float64),
-        rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * 1e-2,
-    )  # fmt: skip
+    ours, theirs = (torch.as_tensor(math.nan if x is None else x, dtype=torch.float64) for x in (ours, theirs))
+    torch.testing.assert_close(ours, theirs, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * 1e-2, equal_nan=True)
 
 
-def layer_inputs(model, idx):
-    """The hidden states that reach each MoE layer [N, D]."""
-    caught = []
-    hooks = [
-        block.mlp.register_forward_pre_hook(lambda _, args: caught.append(args[0].detach().flatten(0, 1)))
-        for block in model.transformer.h
-        if isinstance(block.mlp, MOELayer)
-    ]
-    trace = model(*idx, return_trace=True)[2]
-    for hook in hooks:
-        hook.remove()
-    return caught, trace
+def trace_with_inputs(model, idx):
+    """The trace of a forward, and the hidden states [N, D] that reach each MoE layer."""
+    inputs = []
+    for block in model.config.moe_blocks:
+        layer = model.transformer.h[block].mlp
+        layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach().flatten(0, 1)))
+    return model(*idx, return_trace=True)[2], inputs
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("capacity", [None, 0.75])
-@pytest.mark.parametrize("rule", ["mixture", "leave_one_out"])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_step_agrees_with_the_slow_version(dtype, rule, capacity, bias):
-    config = chrono(bridge=False, reference=rule, k_max=2.0, eta=0.1, tau=0.3)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    ("rule", "capacity", "bias", "signal"),
+    [
+        ("mixture", None, False, "js"),
+        ("mixture", 0.75, True, "overlap"),
+        ("leave_one_out", 0.75, False, "js"),
+        ("leave_one_out", None, True, "overlap"),
+    ],
+)
+def test_every_metric_of_a_step_agrees_with_the_slow_version(rule, capacity, bias, signal, dtype):
+    config = chrono(reference=rule, bridge_signal=signal, k_max=1.5, eta=0.1, tau=0.3, starving_phi=0.35)
     model, loop = build(config, n_embd=16, train_capacity=capacity, bias=bias)
-    torch.manual_seed(3)
     with torch.no_grad():
         for p in model.parameters():  # spread the logits, and biases away from zero
             p.add_(0.3 * torch.randn(p.shape))
     model, _ = model.to(dtype), loop.coherence.to(dtype)
     draw_beta(model, size=1.5)
-    inputs, trace = layer_inputs(model, tokens(1, batch=4))
-    beta_before = model.router_state.beta_coeff.clone()
-    bias_used = model.router_state.compute_beta_eff()
+    model.router_state.relevance.fill_(0.4)
+    trace, inputs = trace_with_inputs(model, tokens(1, batch=4))
+    before = model.router_state.beta_coeff.tolist()
+    full_bias = model.router_state.compute_beta_eff()
     loop.step(trace)
-    values = loop.read()
 
+    expected = {"lifecycle/candidates": 0}
     for layer, block in enumerate(loop.layer_ids):
-        moe = model.transformer.h[block].mlp
+        moe, x = model.transformer.h[block].mlp, inputs[layer]
         with torch.no_grad():
-            z_clean, _ = moe.router.clean_logits(inputs[layer])
-            routing = moe.router(inputs[layer], RouterBias(bias_used[layer], torch.ones((), dtype=dtype)))
-        expected = reference.routing_statistics(z_clean, bias_used[layer], 2)
-        assert expected["js"] > 0.01
-        assert values[f"routing/L{block}/flip"] == pytest.approx(expected.pop("flip"), abs=1e-9)
-        assert values[f"routing/L{block}/flip_set"] == pytest.approx(expected.pop("flip_set"), abs=1e-6)
-        for name, value in expected.items():
-            close(values[f"routing/L{block}/{name}"], value, dtype)
-
+            routing = moe.router(x, RouterBias(full_bias[layer], 0.4 * FULL.to(dtype)))
+        experts, gates = routing.experts, routing.gates.double()
         weights = {name: p.detach().double() for name, p in moe.experts.named_parameters()}
-        gates = routing.gates.double()
-        slots = moe.capacity(len(z_clean))
-        x = inputs[layer].double()
-        _, y, kept = reference.moe_layer(x, routing.experts, gates, weights, slots)
-        assert capacity is None or not kept.all()
-        phi = reference.phi(y, routing.experts, gates, kept, 8, rule == "leave_one_out")
-        dropped = 1 - kept.sum().item() / kept.numel()
-        assert values[f"routing/L{block}/dropped"] == pytest.approx(dropped, abs=1e-6)
-        for e in range(8):
-            load = (routing.experts == e).sum().item() / routing.experts.numel()
-            assert values[f"expert/L{block}_E{e}/load"] == pytest.approx(load, abs=1e-7)
-            if math.isnan(phi[e]):
-                assert values[f"expert/L{block}_E{e}/phi_slow"] is None
-                moved = 0.0
-            else:
-                for clock in ("fast", "mid", "slow"):
-                    close(values[f"expert/L{block}_E{e}/phi_{clock}"], phi[e], dtype)
-                moved = 0.1 * (phi[e] - 0.3)
-            after = max(-2.0, min(2.0, beta_before[layer, e].item() + moved))
-            close(values[f"expert/L{block}_E{e}/beta"], after, dtype)
+        _, y, kept = reference.moe_layer(x.double(), experts, gates, weights, moe.capacity(len(x)))
+        load = [(experts == e).sum().item() / experts.numel() for e in range(8)]
+        mean_load, load_std = reference.mean_std(load)
+        found = reference.routing_statistics(routing.z_clean, 0.4 * full_bias[layer], 2) | {"relevance": 0.4}
+        found |= {"load_cv": load_std / mean_load, "dropped": 1 - kept.sum().item() / kept.numel()}
+        assert found["js"] > 0.005 and (capacity is None or found["dropped"] > 0)
+        expected |= {f"routing/L{block}/{name}": value for name, value in found.items()}
+        at_full_strength = reference.routing_statistics(routing.z_clean, full_bias[layer], 2)[signal]
+        close(model.router_state.disagreement[layer], at_full_strength, dtype)
+
+        phi = reference.phi(y, experts, gates, kept, 8, rule == "leave_one_out")
+        seen = [p for p in phi if p == p]
+        counts = [(kept & (experts == e)).sum().item() for e in range(8)]
+        mean_phi = sum(n * p for n, p in zip(counts, phi) if n) / sum(counts)
+        found = {"layer": mean_phi, "phi_slow_min": min(seen), "phi_slow_max": max(seen), "starving": mean_phi < 0.35}
+        expected |= {f"coherence/L{block}/{name}": value for name, value in found.items()}
+
+        drift = [0.1 * (p - 0.3) if p == p else 0 for p in phi]
+        beta = [max(-1.5, min(1.5, b + d)) for b, d in zip(before[layer], drift)]
+        mean, std = reference.mean_std(beta)
+        found = {"mean": mean, "std": std, "min": min(beta), "max": max(beta), "spread": max(beta) - min(beta)}
+        found |= {"clamped": sum(abs(b) == 1.5 for b in beta) / 8}
+        assert found["clamped"] > 0
+        expected |= {f"beta/L{block}/{name}": value for name, value in found.items()}
+        of_experts = {"load": load, "beta": beta, **{f"phi_{clock}": phi for clock in ("fast", "mid", "slow")}}
+        expected |= {f"expert/L{block}_E{e}/{name}": row[e] for name, row in of_experts.items() for e in range(8)}
+    values = loop.read()
+    assert values.keys() == expected.keys()
+    for name, value in expected.items():
+        close(values[name], value, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", TOLERANCE)
 def test_js_and_flip_agree_with_loops_over_random_distributions(dtype):
-    torch.manual_seed(0)
     p, q = (torch.randn(2, 50, 6, dtype=dtype) * 2).softmax(-1)
-    expected = sum(reference.js_divergence(a, b) for a, b in zip(p.tolist(), q.tolist())) / 50
-    close(compute_js_divergence(p, q), expected, dtype)
+    pairs = list(zip(p.tolist(), q.tolist()))
+    close(compute_js_divergence(p, q), sum(reference.js_divergence(*pair) for pair in pairs) / 50, dtype)
     for k in (1, 3):
-        top = [[sorted(range(6), key=lambda e: -row[e])[:k] for row in d.tolist()] for d in (p, q)]
-        changed = sum(1 - len(set(a) & set(b)) / k for a, b in zip(*top)) / 50
+        changed = sum(reference.set_change(*pair, k) for pair in pairs) / 50
         close(compute_flip_rate(p, q, k), changed, torch.float32)
 
 
 def test_js_is_exact_where_distributions_nearly_or_fully_agree():
-    z = torch.randn(200, 8, generator=torch.Generator().manual_seed(1))
-    tiny = 1e-3 * torch.randn(8, generator=torch.Generator().manual_seed(2))
+    z, tiny = torch.randn(200, 8), 1e-3 * torch.randn(8)
     p, q = z.softmax(-1), (z + tiny).softmax(-1)
     expected = compute_js_divergence(z.double().softmax(-1), (z.double() + tiny.double()).softmax(-1))
     assert 1e-9 < expected < 1e-6
     assert compute_js_divergence(p, q).item() == pytest.approx(expected.item(), rel=2e-3)
     assert compute_js_divergence(p, p) == 0
-    ends = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
-    assert compute_js_divergence(*ends).item() == pytest.approx(math.log(2))
-
-
-def test_gates_are_the_renormalised_top_k_and_sum_to_one():
-    router = ChronoRouter(16, 8, top_k=3, config=ChronoConfig(router=True))
-    x = torch.randn(100, 16)
-    bias = RouterBias(torch.randn(8), torch.ones(()))
-    routing = router(x, bias)
-    full = routing.z_biased.softmax(-1)
-    top = full.gather(-1, routing.experts)
-    torch.testing.assert_close(routing.gates, top / top.sum(-1, keepdim=True))
-    torch.testing.assert_close(routing.gates.sum(-1), torch.ones(100))
-    assert torch.equal(routing.experts, full.topk(3).indices)
-
-
-def test_clean_gates_weigh_the_biased_choice_by_clean_logits():
-    router = ChronoRouter(16, 8, top_k=2, config=ChronoConfig(router=True, gates="clean"))
-    x, bias = torch.randn(50, 16), RouterBias(3 * torch.randn(8), torch.ones(()))
-    routing = router(x, bias)
-    assert torch.equal(routing.experts, (routing.z_clean + bias.beta_eff).topk(2).indices)
-    torch.testing.assert_close(routing.gates, routing.z_clean.gather(-1, routing.experts).softmax(-1))
-
-
-@pytest.mark.parametrize("gates", ["biased", "clean"])
-@pytest.mark.parametrize("top_k", [1, 2, 8])
-def test_gates_not_normalised_over_the_top_k_are_the_full_softmax_at_the_chosen(top_k, gates):
-    config = ChronoConfig(router=True, gates=gates)
-    router = ChronoRouter(16, 8, top_k, config, norm_topk_prob=False)
-    routing = router(3 * torch.randn(50, 16), RouterBias(2 * torch.randn(8), torch.ones(())))
-    weighed_by = routing.z_clean if gates == "clean" else routing.z_biased
-    assert torch.equal(routing.experts, routing.z_biased.topk(top_k).indices)
-    torch.testing.assert_close(routing.gates, weighed_by.softmax(-1).gather(-1, routing.experts))
-    assert top_k == 8 or (routing.gates.sum(-1) < 1).all()
-
-
-@pytest.mark.parametrize("gates", ["biased", "clean"])
-@pytest.mark.parametrize("norm", [True, False])
-def test_with_one_expert_per_token_the_cross_entropy_trains_the_router_only_by_unnormalised_gates(norm, gates):
-    model, _ = build(chrono(gates=gates), top_k=1, norm_topk_prob=norm, use_aux_loss=False, use_router_z_loss=False)
-    draw_beta(model)
-    model(*tokens(0))[1].backward()
-    for block in model.config.moe_blocks:
-        gradient = model.transformer.h[block].mlp.router.w_g.weight.grad
-        assert (gradient == 0).all() if norm else (gradient.abs().amax(1) > 0).any()
-
-
-@pytest.mark.parametrize("norm", [True, False])
-def test_the_probes_gate_mass_follows_the_routers_gates(norm):
-    router = ChronoRouter(16, 8, 3, ChronoConfig(router=True), norm_topk_prob=norm)
-    x = 2 * torch.randn(40, 16)
-    biased, clean = (router(x, RouterBias(bias, torch.ones(()))) for bias in (2 * torch.randn(8), torch.zeros(8)))
-    used, without = ([dict(zip(e, g)) for e, g in zip(r.experts.tolist(), r.gates.tolist())] for r in (biased, clean))
-    moved = sum(max(0.0, u.get(e, 0.0) - w.get(e, 0.0)) for u, w in zip(used, without) for e in range(8)) / 40
-    assert moved > 0.1
-    assert gate_mass_moved(router, biased).item() == pytest.approx(moved, rel=1e-5)
-
-
-def test_router_noise_is_in_training_only():
-    router = ChronoRouter(16, 8, noisy=True)
-    x = torch.randn(20, 16)
-    assert not torch.equal(router(x).z_clean, router(x).z_clean)
-    router.eval()
-    assert torch.equal(router(x).z_clean, router(x).z_clean)
-    torch.testing.assert_close(router(x).z_clean, router.w_g(x))
-
-
-def test_logit_std_is_that_of_the_logits_without_noise():
-    """beta_eff is in units of logit_std: with the noise in it, beta would act too strongly in evaluation."""
-    model, loop = build(chrono(), use_noisy_top_k=True)
-    for block in loop.layer_ids:
-        with torch.no_grad():
-            model.transformer.h[block].mlp.router.w_noise.weight.normal_()
-    first = model.transformer.h[0].mlp  # later layers get other hidden states from a first layer with noise
-    inputs, trace = layer_inputs(model, tokens(0))
-    loop.step(trace)
-    z = first.router.w_g(inputs[0]).detach()
-    expected = z.var(-1).mean().sqrt()
-    torch.testing.assert_close(model.router_state.logit_std[0], expected)
-    noisy = first.router(inputs[0]).z_clean.detach()
-    assert noisy.var(-1).mean().sqrt() > 1.2 * expected
-    model.eval()
-    assert first.router(inputs[0]).noise_free is None
-    torch.testing.assert_close(first.router(inputs[0]).z_clean, z)
+    ends = torch.eye(2)
+    assert compute_js_divergence(ends[:1], ends[1:]).item() == pytest.approx(math.log(2))
 
 
 def test_relevance_falls_linearly_from_threshold_to_three_times_it():
@@ -211,57 +127,128 @@ def test_relevance_falls_linearly_from_threshold_to_three_times_it():
     torch.testing.assert_close(compute_relevance(seen, 0.2), expected)
 
 
-def test_reach_is_never_exceeded_and_is_attained():
-    generator = torch.Generator().manual_seed(0)
+@pytest.mark.parametrize("signal", ["js", "overlap"])
+def test_reach_is_never_exceeded_and_attained_and_bias_needed_is_its_inverse(signal):
+    measure = {"js": reference.js_divergence, "overlap": reference.overlap}[signal]
     for bound in (0.3, 1.42, 3.96):
-        largest = reach(bound)
-        p_clean = (3 * torch.randn(4000, 4, generator=generator, dtype=torch.float64)).softmax(-1)
-        bias = bound * (2 * torch.rand(4000, 4, generator=generator, dtype=torch.float64) - 1).sign()
-        q = (p_clean.log() + bias).softmax(-1)
-        assert max(compute_js_divergence(a[None], b[None]) for a, b in zip(p_clean, q)) <= largest["js"] + 1e-12
-        half = torch.tensor([[-bound, bound]], dtype=torch.float64) / 2
-        attained = compute_js_divergence(half.softmax(-1), (-half).softmax(-1))
-        assert attained.item() == pytest.approx(largest["js"])
-    assert reach(0.3)["js"] == pytest.approx(0.011, abs=5e-4)
-    assert reach(0.3)["overlap"] == pytest.approx(0.149, abs=5e-4)
-    assert bias_needed("js", 0.2) == pytest.approx(1.42, abs=0.01)
-    assert bias_needed("js", 0.6) == pytest.approx(3.96, abs=0.01)
-    assert bias_needed("js", 0.7) == math.inf
+        largest = reach(bound)[signal]
+        p = (3 * torch.randn(500, 4, dtype=torch.float64)).softmax(-1)
+        q = (p.log() + bound * (2 * torch.rand(500, 4, dtype=torch.float64) - 1).sign()).softmax(-1)
+        assert max(measure(*pair) for pair in zip(p.tolist(), q.tolist())) <= largest + 1e-12
+        ends = [reference.softmax([sign * bound / 2, -sign * bound / 2]) for sign in (-1, 1)]
+        assert measure(*ends) == pytest.approx(largest)
+        assert bias_needed(signal, largest) == pytest.approx(bound)
+    assert reach(0.3)[signal] == pytest.approx({"js": 0.011, "overlap": 0.149}[signal], abs=5e-4)
+    assert bias_needed(signal, {"js": 0.7, "overlap": 1.0}[signal]) == math.inf
 
 
-def test_logit_std_ignores_a_shift_common_to_a_tokens_experts():
-    model, loop = build(chrono())
-    trace = model(*tokens(0), return_trace=True)[2]
-    for block in loop.layer_ids:
-        router = model.transformer.h[block].mlp.router
-        logits = router.clean_logits
-        router.clean_logits = lambda x, logits=logits: (logits(x)[0] + 5 * x[:, :1], None)
-    shifted = model(*tokens(0), return_trace=True)[2]
-    torch.testing.assert_close(trace.logit_var[0], shifted.logit_var[0])
+# Router
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("gates", ["biased", "clean"])
+@pytest.mark.parametrize("top_k", [1, 3, 8])
+def test_gates_are_the_softmax_of_the_chosen_or_of_all_experts(top_k, gates, norm):
+    router = ChronoRouter(16, 8, top_k, ChronoConfig(router=True, gates=gates), norm_topk_prob=norm)
+    bias = 2 * torch.randn(8)
+    routing = router(3 * torch.randn(50, 16), RouterBias(bias, 0.5 * FULL))
+    torch.testing.assert_close(routing.z_biased, routing.z_clean + 0.5 * bias)
+    assert torch.equal(routing.experts, routing.z_biased.topk(top_k).indices)
+    every = (routing.z_clean if gates == "clean" else routing.z_biased).softmax(-1).gather(-1, routing.experts)
+    torch.testing.assert_close(routing.gates, every / every.sum(-1, keepdim=True) if norm else every)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("gates", ["biased", "clean"])
+def test_with_top_k_1_the_cross_entropy_trains_the_router_only_through_unnormalised_gates(gates, norm):
+    model, _ = build(chrono(gates=gates), top_k=1, norm_topk_prob=norm, use_aux_loss=False, use_router_z_loss=False)
+    draw_beta(model)
+    model(*tokens(0))[1].backward()
+    for block in model.config.moe_blocks:
+        gradient = model.transformer.h[block].mlp.router.w_g.weight.grad
+        assert (gradient == 0).all() if norm else (gradient.abs().amax(1) > 0).any()
+
+
+def test_relevance_per_token_is_a_constant_to_autograd():
+    x, bias = torch.randn(60, 16), 2 * torch.randn(8)
+    router = ChronoRouter(16, 8, 2, chrono(bridge_scope="token", bridge_threshold=0.05))
+    per_token = router(x, RouterBias(bias, FULL))
+    assert per_token.relevance.min() < per_token.relevance.max()
+    same = ChronoRouter(16, 8, 2, chrono())
+    same.load_state_dict(router.state_dict())
+    given = same(x, RouterBias(bias, per_token.relevance.detach()))
+    for routing in (per_token, given):
+        (routing.z_biased * torch.arange(8)).square().sum().backward()
+    torch.testing.assert_close(router.w_g.weight.grad, same.w_g.weight.grad)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_the_probes_gate_mass_follows_the_routers_gates(norm):
+    router = ChronoRouter(16, 8, 3, ChronoConfig(router=True), norm_topk_prob=norm)
+    x = 2 * torch.randn(40, 16)
+    biased, clean = (router(x, RouterBias(bias, FULL)) for bias in (2 * torch.randn(8), torch.zeros(8)))
+    used, without = ([dict(zip(e, g)) for e, g in zip(r.experts.tolist(), r.gates.tolist())] for r in (biased, clean))
+    moved = sum(max(0.0, u.get(e, 0.0) - w.get(e, 0.0)) for u, w in zip(used, without) for e in range(8)) / 40
+    assert moved > 0.1
+    assert gate_mass_moved(router, biased).item() == pytest.approx(moved, rel=1e-5)
+
+
+def test_router_noise_is_in_training_only_and_not_in_logit_std():
+    """beta_eff is in units of logit_std. With noise in it, beta would act too strongly in evaluation."""
+    model, loop = build(chrono(), use_noisy_top_k=True)
+    first = model.transformer.h[0].mlp.router
+    with torch.no_grad():
+        first.w_noise.weight.normal_()
+    trace, inputs = trace_with_inputs(model, tokens(0))
+    loop.step(trace)
+    z = first.w_g(inputs[0]).detach()
+    expected = z.var(-1).mean().sqrt()
+    torch.testing.assert_close(model.router_state.logit_std[0], expected)
+    assert first(inputs[0]).z_clean.var(-1).mean().sqrt() > 1.2 * expected
+    model.eval()
+    assert first(inputs[0]).noise_free is None
+    torch.testing.assert_close(first(inputs[0]).z_clean, z)
+
+
+# Dtypes
+
+
+@pytest.mark.parametrize("full_precision", [False, True])
+def test_full_precision_computes_logits_in_float32_under_autocast(full_precision):
+    router = ChronoRouter(16, 8, full_precision=full_precision)
+    x = torch.randn(50, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        z = router(x).z_clean
+    assert z.dtype == torch.float32
+    assert torch.equal(z, router(x).z_clean) == full_precision
+
+
+def test_beta_is_added_in_float32_and_has_no_gradient():
+    model, _ = build(chrono())
+    draw_beta(model)
+    bias = model.router_state.layer_biases()[0]
+    routing = model.transformer.h[0].mlp.router.bfloat16()(torch.randn(10, 32).bfloat16(), bias)
+    assert routing.z_biased.dtype == torch.float32
+    difference = (routing.z_biased - routing.z_clean).detach()
+    torch.testing.assert_close(difference, model.router_state.compute_beta_eff()[0].expand(10, 8))
+    assert not any(buffer.requires_grad for buffer in model.router_state.buffers())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_under_autocast_sums_of_outputs_are_as_exact_as_without(dtype):
-    """Of the outputs that were computed: what 16 bits cost those is no matter of the sums."""
-    torch.manual_seed(6)
-    layer = MOELayer(GPTConfig(n_embd=64, n_head=1, n_exp=4, top_k=2, bias=True, chrono=chrono()))
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.normal_(std=0.1)
-    plan = plan_dispatch(torch.randint(4, (3000, 2)), 4)
-    weights = torch.rand(2, 6000)
+def test_sums_of_16_bit_outputs_are_exact_to_float32(dtype):
+    layer = moe_layer(torch.float32, n_embd=64)
+    plan, weights = plan_dispatch(torch.randint(5, (3000, 2)), 5), torch.rand(2, 6000)
     with torch.autocast("cpu", dtype=dtype):
         y, sums = layer.experts(torch.randn(6000, 64), plan, weights)
     assert y.dtype == dtype and sums.dtype == torch.float32
-    for e in range(4):
+    for e in range(5):
         mine = plan.experts == e
         close(sums[:, e], weights[:, mine].double() @ y[mine].double(), torch.float32)
 
 
 def test_a_model_in_bfloat16_is_observed_in_float32():
     model, loop = build(chrono())
-    model.bfloat16()
-    trace = model(*tokens(1), return_trace=True)[2]
+    trace = model.bfloat16()(*tokens(1), return_trace=True)[2]
     assert trace.output.dtype == trace.gated_output.dtype == torch.float32
     loop.step(trace)
     assert loop.coherence.phi("slow").abs().max() > 0

@@ -1,4 +1,4 @@
-"""No host sync in a training step, shown without a GPU: fake tensors have no values, so reading one raises."""
+"""A training step never synchronizes, shown without a GPU: fake tensors have no values, so reading one raises."""
 
 from functools import partial
 
@@ -8,11 +8,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.overrides import TorchFunctionMode
 
 import model as model_module
-from chronomoe import ChronoLoop
-from model import GPT, GPTConfig
+from chronomoe import MoETrace
 from ops.cross_entropy import linear_cross_entropy
 from ops.experts import MLPExperts
-from tests.helpers.models import chrono, training_step
+from tests.helpers.models import build, chrono, training_step
 
 
 class HostCopy(Exception):
@@ -20,42 +19,46 @@ class HostCopy(Exception):
 
 
 class NoHostCopy(TorchFunctionMode):
-    """What FakeTensorMode lets pass but a GPU would wait for: copies to and from the host, and masked assignment."""
+    """Raises where FakeTensorMode does not but a GPU would wait: copies to and from the host, masked assignment."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name in ("cpu", "numpy", "tensor", "as_tensor", "__repr__", "__format__"):
+        # torch's own clipping moves a tensor to the device of the gradients, a torch.device
+        to_cpu = name == "to" and any(x == "cpu" for x in (*args[1:], *kwargs.values()) if isinstance(x, str))
+        if to_cpu or name in ("cpu", "numpy", "tensor", "as_tensor", "__repr__", "__format__"):
             raise HostCopy(name)
         if name == "__setitem__" and isinstance(args[1], torch.Tensor) and args[1].dtype == torch.bool:
             raise HostCopy("masked assignment")
         return func(*args, **kwargs)
 
 
-def take_steps(logged=False, plant=lambda trace: None, **chrono_changes):
-    """Two TrainingSteps of two micro-batches under FakeTensorMode. plant: called with the trace, within the step."""
+def take_steps(logged=True, place="loop", plant=lambda trace: None, **changes):
+    """Two TrainingSteps of two micro-batches under FakeTensorMode. Calls plant with the trace at that place."""
     with FakeTensorMode():
-        config = GPTConfig(
-            block_size=16, vocab_size=64, n_layer=4, n_head=2, n_embd=32, n_exp=4, top_k=2, bias=True, dropout=0.1,
-            use_aux_loss=True, use_router_z_loss=True, use_noisy_top_k=True, chrono=chrono(**chrono_changes),
-        )  # fmt: skip
-        model = GPT(config)
+        model, loop = build(chrono(**changes), dropout=0.1, bias=True, use_noisy_top_k=True)
         for module in model.modules():
             if isinstance(module, MLPExperts):
                 module.use_grouped_mm = True
-        loop = ChronoLoop(model.router_state, config.moe_blocks)
-        loop_step = loop.step
-        loop.step = lambda trace, found_inf: (plant(trace), loop_step(trace, found_inf))
         optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
-        optimizer.step = allowed(optimizer.step)
+        optimizer.step = without_function_mode(optimizer.step)
         step = training_step(model, loop, optimizer, micro_batches=2)
+        owner, name = {"forward": (step, "forward"), "guard": (step.guard, "check"), "loop": (loop, "step")}[place]
+        work = getattr(owner, name)
+
+        def planted(*args, **options):
+            out = work(*args, **options)
+            plant(args[0] if isinstance(args[0], MoETrace) else out[2])
+            return out
+
+        setattr(owner, name, planted)
         batch = torch.randint(64, (2, 16)), torch.randint(64, (2, 16))
         for number in (1, 2):
             with NoHostCopy():
-                step([batch, batch], number, logged=logged)
+                step([batch, batch], number, lr=1e-3, logged=logged)
 
 
-def allowed(work):
+def without_function_mode(work):
     """torch's optimizer counts its steps in CPU tensors, and copies nothing from the device."""
 
     def call(*args, **kwargs):
@@ -65,35 +68,38 @@ def allowed(work):
     return call
 
 
-SETTINGS = [
-    {},
-    {"bridge_scope": "token", "bridge_signal": "overlap"},
-    {"signal": "load", "gates": "clean"},
-    {"signal": "shuffled", "center": True, "reference": "leave_one_out", "ema_debias": False},
-]
-
-
 @pytest.mark.parametrize("logged", [False, True])
-@pytest.mark.parametrize("changes", SETTINGS)
-def test_a_training_step_never_waits_for_the_device(changes, logged, monkeypatch):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"bridge_scope": "token", "bridge_signal": "overlap"},
+        {"signal": "load", "gates": "clean"},
+        {"signal": "shuffled", "center": True, "reference": "leave_one_out", "ema_debias": False},
+    ],
+)
+def test_a_training_step_does_not_synchronize(changes, logged, monkeypatch):
     monkeypatch.setattr(model_module, "linear_cross_entropy", partial(linear_cross_entropy, max_logits=64 * 10))
     take_steps(logged, **changes)
 
 
+PLANTS = {
+    "item": lambda t: t.js[0].item(),
+    "tolist": lambda t: t.tokens_per_expert.tolist(),
+    "bool": lambda t: bool(t.js[0] > 0),
+    "nonzero": lambda t: t.tokens_per_expert.nonzero(),
+    "bincount": lambda t: torch.bincount(t.tokens_per_expert.flatten().long()),
+    "mask": lambda t: t.tokens_per_expert[t.tokens_per_expert > 0],
+    "cpu": lambda t: t.tokens_per_expert.cpu(),
+    "to": lambda t: t.tokens_per_expert.to("cpu"),
+    "tensor": lambda t: torch.tensor([1.0]),
+    "masked assignment": lambda t: t.tokens_per_expert.__setitem__(t.tokens_per_expert > 0, 1.0),
+}
+
+
 @pytest.mark.parametrize(
-    "plant",
-    [
-        lambda t: t.js[0].item(),
-        lambda t: t.tokens_per_expert.tolist(),
-        lambda t: bool(t.js[0] > 0),
-        lambda t: t.tokens_per_expert.nonzero(),
-        lambda t: torch.bincount(t.tokens_per_expert.flatten().long()),
-        lambda t: t.tokens_per_expert[t.tokens_per_expert > 0],
-        lambda t: t.tokens_per_expert.cpu(),
-        lambda t: torch.tensor([1.0]),
-        lambda t: t.tokens_per_expert.__setitem__(t.tokens_per_expert > 0, 1.0),
-    ],
+    ("place", "plant"), [*(("loop", name) for name in PLANTS), ("forward", "item"), ("guard", "to")]
 )
-def test_a_planted_sync_is_caught(plant):
+def test_a_planted_synchronization_is_caught(place, plant):
     with pytest.raises((DataDependentOutputException, DynamicOutputShapeException, HostCopy)):
-        take_steps(True, plant)
+        take_steps(place=place, plant=PLANTS[plant])

@@ -1,0 +1,105 @@
+"""TrainingStep against the same step in torch's own functions, and the guard against plain Python."""
+
+import copy
+
+import pytest
+import torch
+
+from tests.helpers.models import adamw, build, chrono, draw_beta, state_of, tokens, trace_of, training_step
+from trainer.guard import NonFiniteGuard, Skipped
+
+
+def micro_batches(step):
+    return [tokens(2 * step + i, batch=4) for i in range(2)]
+
+
+def everything(model, loop, optimizer):
+    """Copies of weights, the loop's state, and the optimizer's averages."""
+    averages = {f"{i}.{name}": x for i, s in optimizer.state_dict()["state"].items() for name, x in s.items()}
+    return state_of(model, loop) | copy.deepcopy(averages)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("grad_clip", [0.0, 0.2])
+def test_a_step_clips_the_gradient_of_the_mean_loss_and_then_updates(grad_clip, scaled):
+    (model, loop), (plain, plain_loop) = (build(chrono(eta=0.1)) for _ in range(2))
+    optimizer, plain_optimizer = adamw(model), adamw(plain)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
+    step = training_step(model, loop, optimizer, scaler=scaler, micro_batches=2, grad_clip=grad_clip)
+    for number in range(1, 5):
+        result = step(micro_batches(number), number, lr=1e-3 * number)
+        outputs = [plain(*batch, return_trace=True) for batch in micro_batches(number)]
+        (sum(loss for _, loss, _ in outputs) / 2).backward()
+        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), grad_clip or torch.inf)
+        plain_optimizer.param_groups[0]["lr"] = plain_optimizer.param_groups[1]["lr"] = 1e-3 * number
+        plain_optimizer.step()
+        plain_optimizer.zero_grad()
+        trace = outputs[0][2] + outputs[1][2]
+        plain_loop.step(trace)
+        torch.testing.assert_close(result.grad_norm, norm)
+        torch.testing.assert_close(result.trace.present(), trace.present())
+        assert norm > 0.2 and result.found_inf == 0
+    ours, theirs = everything(model, loop, optimizer), everything(plain, plain_loop, plain_optimizer)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_a_step_whose_loss_or_gradient_is_not_finite_is_skipped_and_the_next_one_is_not(bad):
+    model, loop = build(chrono(eta=0.1))
+    draw_beta(model)
+    is_bad = False
+
+    def forward(*args, **options):
+        logits, loss, trace = model(*args, **options)
+        trace.cross_entropy = trace.cross_entropy * (torch.inf if is_bad and bad == "loss" else 1)
+        return logits, loss, trace
+
+    model.lm_head.weight.register_hook(lambda g: g * torch.inf if is_bad and bad == "gradient" else g)
+    optimizer, scaler = adamw(model), torch.amp.GradScaler("cpu", init_scale=8.0)
+    step = training_step(model, loop, optimizer, scaler=scaler, micro_batches=2, forward=forward)
+    results = []
+    for number, is_bad in ((1, False), (2, True), (3, False)):
+        before = everything(model, loop, optimizer)
+        results.append(step(micro_batches(number), number).found_inf.item())
+        after = everything(model, loop, optimizer)
+        changed = {name for name in after if name not in before or not torch.equal(after[name], before[name])}
+        assert (changed == {"coherence.step"}) == is_bad
+        assert not any(p.grad is not None for p in model.parameters())
+    assert results == [0, 1, 0] and scaler.get_scale() == (4 if bad == "gradient" else 8)
+    report = step.guard.report()
+    assert report == Skipped(1, 1, 0, 2, "the loss" if bad == "loss" else "the gradient of transformer.wte.weight")
+
+
+def test_the_guard_counts_skipped_steps_and_names_the_first_value_that_is_not_finite():
+    model, _ = build(n_exp=1, n_layer=1)
+    parameters = dict(model.named_parameters())
+    guard = NonFiniteGuard(model)
+    order = [
+        "the loss",
+        "the auxiliary loss",
+        "the router z-loss",
+        *(f"the gradient of {n}" for n in reversed(parameters)),
+    ]
+    total = in_a_row = reported = 0
+    first, longest = None, 0
+    for step in range(1, 200):
+        bad = torch.rand(len(order)) < 0.08
+        values = torch.where(bad, torch.tensor([torch.nan, torch.inf])[step % 2], 1.0)
+        losses = dict(zip(("cross_entropy", "aux_loss", "router_z_loss"), values))
+        found_inf = guard.check(trace_of([[0.0]], [[1]], **losses), values[3:].flip(0), step)
+        skip = bad[0] or bad[3:].any()
+        assert found_inf == float(skip) and found_inf.dtype == torch.float32
+        total, in_a_row = total + int(skip), in_a_row + 1 if skip else 0
+        longest = max(longest, in_a_row)
+        if skip and first is None:
+            first = step, order[bad.tolist().index(True)]
+        if step % 3 == 0:
+            assert guard.report() == (None if first is None else Skipped(total - reported, total, in_a_row, *first))
+            reported, first = total, None
+        saved, guard = copy.deepcopy(guard.state_dict()), NonFiniteGuard(model)
+        guard.load_state_dict(saved)
+    assert longest > 3 and total < 190
+    for i, p in enumerate(parameters.values()):
+        p.grad = None if i % 2 else torch.full_like(p, 2.0)
+    norms = [0.0 if p.grad is None else p.grad.norm().item() for p in parameters.values()]
+    torch.testing.assert_close(guard.norms(), torch.tensor(norms))
