@@ -14,7 +14,7 @@ import math
 
 import torch
 
-from trainer import messages
+from trainer import cli, messages
 from trainer import settings as setting
 from trainer.errors import run_script
 from trainer.flops import flops_per_token, peak
@@ -30,7 +30,7 @@ MAX_SKIPPED = 10  # consecutive skipped steps that end a run
 
 def main(arguments: list[str]) -> int:
     """Train as the arguments say. Returns the exit status: 0, 1 if the run failed, 128 + its number after a signal."""
-    if "--help" in arguments or "-h" in arguments:
+    if cli.asks_for_help(arguments):
         print(setting.help_text())
         return 0
     with open_run(arguments) as run:

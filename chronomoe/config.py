@@ -24,12 +24,7 @@ NEEDS = {
 
 def missing_steps(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Pairs (step, needed step) where the first is on and the second is off."""
-    return [
-        (step, needed)
-        for step, needs in NEEDS.items()
-        for needed in needs
-        if values[step] and not values[needed]
-    ]
+    return [(step, needed) for step, needs in NEEDS.items() for needed in needs if values[step] and not values[needed]]
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from data.tokenizer import TOKENIZERS
+from trainer import cli
 from trainer.errors import UserError
 
 
@@ -15,7 +16,7 @@ class Options:
     out: Path
     sources: list[Path] = field(default_factory=list)
     input: Path | None = None
-    tokenizer: str = "bytes"
+    tokenizer: str = TOKENIZERS[0]
     jobs: int = 1
     force: bool = False
 
@@ -26,25 +27,34 @@ def read_options(arguments: list[str], usage: str, out: Path, names: tuple[str, 
     If 'sources' is among them, arguments without dashes are paths. Raises UserError for a wrong option or value, and
     SystemExit after --help.
     """
-    if "--help" in arguments or "-h" in arguments:
-        print(usage)
+    # chronomoe imports torch; here, so that the processes that tokenize do not import it
+    from chronomoe.options import option, options_of
+
+    @dataclass
+    class Declared:
+        out: str | None = option(None, "folder to write to; None: the folder of this script")
+        input: str | None = option(None, "downloaded text to read; None: download it")
+        tokenizer: str = option("bytes", "'bytes': one token per byte; 'gpt2': GPT-2's BPE", choices=TOKENIZERS)
+        jobs: int | None = option(None, "processes that tokenize; None: one per CPU core", least=1)
+        force: bool = option(False, "prepare the dataset again even if it is complete")
+
+    known = {name: o for name, o in options_of(Declared).items() if name in ("out", "jobs", "force", *names)}
+    if cli.asks_for_help(arguments):
+        print(cli.help_text(usage, known))
         raise SystemExit(0)
-    values: dict[str, Any] = {"out": out, "sources": [], "jobs": _cores()}
-    for argument in arguments:
-        name, _, value = argument.removeprefix("--").partition("=")
-        if argument == "--force":
-            values["force"] = True
-        elif not argument.startswith("-") and "sources" in names:
-            values["sources"].append(Path(argument))
-        elif not (argument.startswith("--") and value and name in ("out", "jobs", *names) and name != "sources"):
-            raise UserError(f"{argument} is not an option of this program; --help lists the options")
-        elif name == "jobs":
-            if not value.isdecimal() or int(value) < 1:
-                raise UserError(f"{argument} must be an integer of at least 1")
-            values["jobs"] = int(value)
-        else:
-            values[name] = value if name == "tokenizer" else Path(value)
-    return Options(**values)
+    line = cli.parse(arguments, known, positional="sources" in names)
+    given = line.options
+    for name in ("out", "input"):
+        if given.get(name) == "":
+            raise UserError(f"--{name}= needs a path")
+    return Options(
+        out=Path(given.get("out") or out),
+        sources=[Path(argument) for argument in line.arguments],
+        input=Path(given["input"]) if given.get("input") else None,
+        tokenizer=given.get("tokenizer", TOKENIZERS[0]),
+        jobs=given.get("jobs") or _cores(),
+        force=given.get("force", False),
+    )
 
 
 def _cores() -> int:

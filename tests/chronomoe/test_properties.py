@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from comparison.runs import load_run
 from comparison.sweep import Job
 from trainer.checkpoint import newest
+from trainer.cli import read_config_file
 from trainer.data import read_meta
 from trainer.errors import UserError
 from trainer.files import JsonLines, parse_json
 from trainer.runlog import history_in
-from trainer.cli import read_config_file
 from trainer.settings import from_arguments, keys
 
 often = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -28,7 +28,9 @@ contents = st.one_of(
     st.binary(max_size=200),
     st.text(max_size=100).map(lambda text: text.encode("utf-8", "surrogatepass")),
     json_values.map(lambda value: json.dumps(value).encode()),
-    st.dictionaries(st.sampled_from(["vocab_size", "sha256", "seed"]), json_values).map(lambda x: json.dumps(x).encode()),
+    st.dictionaries(st.sampled_from(["vocab_size", "sha256", "seed"]), json_values).map(
+        lambda x: json.dumps(x).encode()
+    ),
     st.sampled_from([b"[" * 5_000, b'{"a":' * 5_000, b"1" * 5_000, b"\xff\xfe{", b"\0" * 50, b"NaN", b"1e999"]),
 )
 odd = ["", "None", "True", "[]", "()", "-0", "1e400", "nan", "inf", "'", "0x", "9" * 5000, "(" * 300, "\0"]
