@@ -1,1 +1,1 @@
-"""What a trainer needs besides a model: settings, data, checkpoints, the run's log. One job a file."""
+"""What a training run needs besides the model: settings, setup, step, checkpoints, logs, ranks. One job per file."""

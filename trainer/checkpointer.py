@@ -172,11 +172,11 @@ class Checkpointer:
                 raise ValueError(f"{name} holds numbers that are not finite")
             self.log.sync()  # a checkpoint never refers to log lines that the disk does not have
             checkpoint.write(self.out_dir, state, is_best)
-        except Exception as e:  # training goes on
+        except Exception as e:  # training continues
             reason = (e.strerror if isinstance(e, OSError) else None) or first_line(e) or type(e).__name__
             if self.failure is None:
                 self.log.info(
-                    f"cannot save step {step} in {path}: {reason}; older checkpoints are unchanged, training goes on "
+                    f"cannot save step {step} in {path}: {reason}; older checkpoints are unchanged, training continues "
                     "without protection and tries again at the next save"
                 )
             self.failure = reason
