@@ -182,16 +182,15 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Piece]]:
 
 def _pieces(texts: Iterable[str]) -> Iterator[str]:
     """Cut a document into pieces of at most PIECE characters. An empty document has one empty piece."""
-    text, is_first = "", True
+    text = ""
     for part in texts:
         text += part
         while len(text) > PIECE:
             ends = [match.end() for match in WORD_END.finditer(text, PIECE - PIECE // 16, PIECE + 1)]
             cut = ends[-1] if ends else PIECE
             yield text[:cut]
-            text, is_first = text[cut:], False
-    if text or is_first:
-        yield text
+            text = text[cut:]
+    yield text
 
 
 def _encode_all(codec: Codec, batches: Iterator[list[Piece]], jobs: int) -> Iterator[Encoded]:
@@ -236,7 +235,7 @@ _worker_codec: Codec | None = None
 def _start_worker(codec: Codec) -> None:
     global _worker_codec
     _worker_codec = codec
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # not blocked on Windows
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -19,18 +20,21 @@ from tiktoken_ext.openai_public import r50k_pat_str
 from data import corpus
 from data.corpus import Document, split_of, write_corpus
 from data.download import fetch
-from data.tokenizer import END_OF_TEXT, CharacterCodec, TiktokenCodec, byte_encoding
-from tests.data.builders import prepare, prepare_text, write_files
+from data.tokenizer import END_OF_TEXT, CharacterCodec, TiktokenCodec, byte_encoding, codec_for
 from tests.helpers.child import wait_for
 from tests.helpers.runs import one_line
-from trainer.data import DATA, TokenData
+from trainer.data import DATA, TokenData, load_prepare
 from trainer.errors import UserError, run_script
 
+STDLIB, TEXT, SHAKESPEARE, CHARACTERS, TINYSTORIES, OPENWEBTEXT = (
+    load_prepare(DATA / name / "prepare.py")
+    for name in ("stdlib", "text", "shakespeare", "shakespeare_char", "tinystories", "openwebtext")
+)
 END = 256
 BYTES = TiktokenCodec(byte_encoding())
 # GPT-2's pattern, and few merges, one of them of two newlines
-RANKS = {bytes([i]): i for i in range(256)} | {b"\n\n": 256, b" a": 257, b"ab": 258, b"  ": 259}
-BPE = tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=RANKS, special_tokens={END_OF_TEXT: 260})
+RANKS = {bytes([i]): i for i in range(256)} | {b"\n\n": 256, b" a": 257, b"ab": 258, b"  ": 259, b"-\x1c": 260}
+BPE = tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=RANKS, special_tokens={END_OF_TEXT: 261})
 
 
 @pytest.fixture(autouse=True)
@@ -38,48 +42,37 @@ def small_batches_and_no_network(monkeypatch):
     monkeypatch.setattr(corpus, "PIECE", 1024)
     monkeypatch.setattr(corpus, "CHUNK", 1000)
     monkeypatch.setenv("no_proxy", "*")
-    for script in (prepare.shakespeare, prepare.tinystories, prepare.openwebtext):
+    for script in (SHAKESPEARE, TINYSTORIES, OPENWEBTEXT):
         monkeypatch.setattr(script, "encoding_for", lambda name: {"gpt2": BPE}[name])
 
 
 def words(count, seed=0):
     """Random text with repeated spaces and newlines, long words, and characters of several bytes."""
-    parts = [
-        "ab",
-        "a",
-        "it's",
-        "hétérogène",
-        "漢字",
-        "\U0001f600",
-        "123",
-        " ",
-        "  ",
-        "\n",
-        "\n\n",
-        " \n",
-        "\r\n",
-        "\t",
-        "--",
-    ]
+    parts = "ab|a|it's|hétérogène|漢字|\U0001f600|123| |  |\n|\n\n| \n|\r\n|\t|-\x1c-".split("|")
     return "".join(np.random.default_rng(seed).choice(parts, count))
 
 
 def many_texts(count):
     """{name: text} in the order of their names, with special cases."""
-    special = {
-        "bom": "\ufeffa",
-        "c": "y" * 3000 + "\x7f",
-        "crlf": "a\r\nb\r\n",
-        "empty": "",
-        "end": f"a {END_OF_TEXT} b",
-    }
+    special = dict(bom="\ufeffa", c="y" * 3000 + "\x7f", crlf="a\r\nb\r\n", empty="", end=f"a {END_OF_TEXT} b")
     texts = {f"{i % 7}/{i}.py": f"{i} {words(100, i)}" for i in range(count)} | {"long/long.py": words(3000, 98)}
     return dict(sorted((texts | {f"special/{name}.py": text for name, text in special.items()}).items()))
 
 
+def write_files(root, texts):
+    for name, text in texts.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    return root
+
+
+def prepare_text(*arguments, jobs=1):
+    TEXT.main([*map(str, arguments), f"--jobs={jobs}"])
+
+
 def is_val(name, share=10):
     """Whether a document belongs to val, by the SHA-256 of its name."""
-    return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) % share == 0
+    return int(hashlib.sha256(name.encode(errors="replace")).hexdigest()[:8], 16) % share == 0
 
 
 def written(out):
@@ -105,12 +98,12 @@ def test_each_document_is_in_its_split_in_the_order_of_names(name, jobs, tmp_pat
     write_files(root, dict(reversed(texts.items())))
     if name == "stdlib":
         folders = "test tests a/tests a/test/b idlelib/idle_test site-packages l/dist-packages __pycache__".split()
-        write_files(root, {f"{folder}/a.py": "left out" for folder in folders})
-        write_files(root, {"notes.txt": "left out", "latin.py": b"caf\xe9 left out"})
-        prepare.stdlib.prepare(out, root)
+        left_out = {f"{folder}/a.py": "" for folder in folders} | {"notes.txt": "", "latin.py": b"caf\xe9"}
+        write_files(root, left_out)
+        STDLIB.prepare(out, write_files(tmp_path / "old", many_texts(20)))  # is replaced
+        STDLIB.prepare(out, root)
     else:
         prepare_text(root, f"--out={out}", jobs=jobs)
-    assert written(out).keys() == {"train.bin", "val.bin", "meta.json"}
     meta = json.loads((out / "meta.json").read_bytes())
     for split in ("train", "val"):
         expected = [text for name, text in texts.items() if is_val(name) == (split == "val")]
@@ -122,7 +115,7 @@ def test_each_document_is_in_its_split_in_the_order_of_names(name, jobs, tmp_pat
     expected = {"dataset": name, "source": source, "tokenizer": "bytes", "vocab_size": 257, "dtype": "uint16"}
     counts = {"files": len(texts)} if name == "stdlib" else {"documents": len(texts), "inputs": meta.get("inputs")}
     assert meta == expected | counts | {"tokens": {}, "sha256": {}}
-    TokenData(out, 16).fingerprint()
+    assert written(out).keys() == TokenData(out, 16).fingerprint().keys() | {"meta.json"}
 
 
 @pytest.mark.parametrize("folder", ["absent", "empty", "only_tests", "only_latin", "only_train"])
@@ -130,7 +123,7 @@ def test_stdlib_without_source_for_both_splits_is_refused(folder, tmp_path):
     files = {"only_tests/tests/a.py": "a", "only_latin/a.py": b"\xe9", "only_train/b.py": "b", "empty/a.txt": "a"}
     message = {"only_latin": "no text in Python 3", "only_train": "no text for val in Python 3"}
     with pytest.raises(UserError, match=message.get(folder, f"no Python source under .*{folder}")):
-        prepare.stdlib.prepare(tmp_path / "out", write_files(tmp_path, files) / folder)
+        STDLIB.prepare(tmp_path / "out", write_files(tmp_path, files) / folder)
     assert not (tmp_path / "out").exists()
 
 
@@ -138,35 +131,27 @@ def test_stdlib_without_source_for_both_splits_is_refused(folder, tmp_path):
 def test_a_long_document_has_the_tokens_of_the_whole_text(text, tmp_path):
     documents = [Document([text], "train"), Document(text, "val")]  # at once, and one character at a time
     write_corpus(tmp_path, documents, TiktokenCodec(BPE), {"source": "s"})
-    expected = [260, *BPE.encode_ordinary(text)]
-    assert text[0] == "漢" or {256, 257, 258, 259} <= set(expected)
+    expected = [261, *BPE.encode_ordinary(text)]
+    assert text[0] == "漢" or set(range(256, 262)) <= set(expected)
     assert read_tokens(tmp_path, "train") == read_tokens(tmp_path, "val") == expected
 
 
-@pytest.mark.parametrize(
-    "split, count, length", [("train", 1, 400), ("train", 4, 400), ("val", 4, 400), ("train", 10, 9)]
-)
-def test_documents_of_one_split_are_cut_by_position(split, count, length, tmp_path):
-    names = [name for name in map(str, range(500)) if is_val(name) == (split == "val")][:count]
-    texts = [words(length, i) if length > 9 else "a" * 9 for i in range(count)]
+@pytest.mark.parametrize("split, n, size", [("train", 1, 400), ("train", 4, 400), ("val", 4, 400), ("train", 10, 9)])
+def test_documents_of_one_split_are_cut_by_position(split, n, size, tmp_path):
+    names = [name for name in map(str, range(500)) if is_val(name) == (split == "val")][:n]
+    texts = [words(size, i) if size > 9 else "a" * 9 for i in range(n)]
     documents = [Document([text], split_of(name)) for name, text in zip(names, texts)]
     write_corpus(tmp_path, documents, BYTES, {"source": "s"}, val_share=10)
     tokens = [token for text in texts for token in [END, *text.encode()]]
     train, val = tokens[: len(tokens) * 9 // 10], tokens[len(tokens) * 9 // 10 :]
-    assert (val[0] == END) == (length == 9)  # val has only one <|endoftext|> if the cut falls on it
+    assert (val[0] == END) == (size == 9)  # val has only one <|endoftext|> if the cut falls on it
     assert read_tokens(tmp_path, "train") == train
-    assert read_tokens(tmp_path, "val") == (val if length == 9 else [END, *val])
-
-
-def test_given_splits_are_kept_however_small(tmp_path):
-    write_corpus(tmp_path, [Document(["a" * 5000], "train"), Document(["b"], "val")], BYTES, {"source": "s"})
-    assert read_tokens(tmp_path, "val") == [END, ord("b")]
+    assert read_tokens(tmp_path, "val") == (val if size == 9 else [END, *val])
 
 
 @pytest.mark.parametrize("jobs, number", [(1, signal.SIGINT), (2, signal.SIGINT), (2, signal.SIGKILL)])
 def test_a_stopped_preparation_leaves_no_corpus_and_no_process(jobs, number, tmp_path):
-    root = write_files(tmp_path / "in", {f"{i}.txt": words(200_000, i) for i in range(12)})
-    out = tmp_path / "out"
+    root, out = write_files(tmp_path / "in", {f"{i}.txt": words(200_000, i) for i in range(12)}), tmp_path / "out"
     command = [sys.executable, str(DATA / "text" / "prepare.py"), str(root), f"--out={out}", f"--jobs={jobs}"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
     wait_for(lambda: any(path.stat().st_size for path in out.glob("*.bin.*.tmp")))
@@ -181,10 +166,9 @@ def test_a_stopped_preparation_leaves_no_corpus_and_no_process(jobs, number, tmp
 
 
 # ru_maxrss of RUSAGE_SELF would include the process that this one was forked from
-MEASURE = """import atexit, resource, runpy, sys
-children = lambda: resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-atexit.register(lambda: print("children", children(), open("/proc/self/status").read()))
+MEASURE = """import atexit, resource as r, runpy, sys
 sys.argv = sys.argv[1:]
+atexit.register(lambda: print("peak", r.getrusage(r.RUSAGE_CHILDREN).ru_maxrss, open("/proc/self/status").read()))
 runpy.run_path(sys.argv[0], run_name="__main__")"""
 
 
@@ -194,12 +178,12 @@ runpy.run_path(sys.argv[0], run_name="__main__")"""
 def test_memory_does_not_grow_with_the_corpus(jobs, tmp_path):
     peaks = []
     for million in (6, 60):
-        root = write_files(tmp_path / str(million), {f"{i}.txt": b"some words\n" * 9000 for i in range(million * 5)})
-        (root / "long.txt").write_bytes(b"other words\n" * (million * 500_000 // 12))
+        texts = {f"{i}.txt": b"some words\n" * 9000 for i in range(million * 5)}
+        root = write_files(tmp_path / str(million), texts | {"long.txt": b"other words\n" * (million * 500_000 // 12)})
         script, out = DATA / "text" / "prepare.py", tmp_path / f"out{million}"
         command = [sys.executable, "-c", MEASURE, script, root, f"--out={out}", f"--jobs={jobs}"]
         printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        peaks.append([int(n) >> 10 for n in re.search(r"children (\d+).*VmHWM:\s+(\d+)", printed, re.DOTALL).groups()])
+        peaks.append([int(n) >> 10 for n in re.search(r"peak (\d+).*VmHWM:\s+(\d+)", printed, re.DOTALL).groups()])
         assert (out / "train.bin").stat().st_size > 1.5e6 * million
     assert all(large - small < 30 for small, large in zip(*peaks)), f"{peaks} MiB"
 
@@ -230,18 +214,15 @@ def test_a_corpus_is_written_again_only_if_needed(change, tmp_path, capsys):
     TokenData(out, 16).fingerprint()
 
 
-class Deadly:
-    """A codec that ends the process which unpickles it."""
-
-    name, size, end_of_text = "deadly", 1, None
-
-    def __reduce__(self):
-        return os._exit, (1,)
-
-
 def test_a_killed_worker_is_an_error_of_one_line(tmp_path):
+    def documents():
+        for _ in range(9):
+            yield Document([words(2000)], "train")
+            for worker in multiprocessing.active_children():
+                worker.kill()
+
     with pytest.raises(UserError, match="--jobs"):
-        write_corpus(tmp_path / "out", [Document([words(2000)], "train")] * 3, Deadly(), {"source": "s"}, jobs=2)
+        write_corpus(tmp_path / "out", documents(), BYTES, {"source": "s"}, jobs=2)
     assert not (tmp_path / "out").exists()
 
 
@@ -249,8 +230,7 @@ def test_files_that_are_not_text_are_counted_and_left_out(tmp_path, capsys):
     texts = {f"{i}.txt": words(50, i) for i in range(40)}
     binary = {"latin.txt": b"caf\xe9", "cut.txt": b"\xc3", "late.txt": b"a" * 5000 + b"\xff", "nul.bin": b"a\0"}
     root = write_files(tmp_path / "in", texts | binary | {".git/config": "hidden", ".env": "hidden"})
-    with open(os.fsencode(root) + b"/\xff.txt", "w") as f:
-        f.write("the name is not UTF-8")
+    (root / "\udcff.txt").write_text("the name is not UTF-8")
     out = root / "out"
     for force in ([], ["--force"]):  # the second time the folder holds the corpus itself
         prepare_text(root, f"--out={out}", *force)
@@ -279,7 +259,7 @@ def test_mistakes_are_errors_of_one_line_and_write_nothing(arguments, expected, 
     monkeypatch.chdir(write_files(tmp_path, {"a.txt": "some text" * 9, "folder/b.txt": "more", "empty.txt": ""}))
     monkeypatch.setattr(sys, "argv", ["prepare.py", "--out=out", "--jobs=1", *arguments.split()])
     with pytest.raises(SystemExit) as stop:
-        run_script(prepare.text.main)
+        run_script(TEXT.main)
     assert stop.value.code == (2 if expected else 0)
     error = capsys.readouterr().err
     assert re.fullmatch(f"error: .*{re.escape(expected)}.*\n", error) if expected else not error
@@ -287,18 +267,17 @@ def test_mistakes_are_errors_of_one_line_and_write_nothing(arguments, expected, 
     assert (tmp_path / "a.txt").read_text() == "some text" * 9
 
 
-@pytest.mark.parametrize("script", [prepare.shakespeare, prepare.shakespeare_char])
+@pytest.mark.parametrize("script", [SHAKESPEARE, CHARACTERS])
 def test_shakespeare_is_split_at_nine_tenths_of_the_characters(script, tmp_path):
     text = words(3000)
     root, out = write_files(tmp_path, {"mine.txt": text, "empty.txt": ""}), tmp_path / "out"
     script.main([f"--input={root / 'mine.txt'}", f"--out={out}", "--jobs=1"])
-    meta, cut = json.loads((out / "meta.json").read_text()), int(len(text) * 0.9)
-    characters = sorted(set(text))
+    meta, cut, characters = json.loads((out / "meta.json").read_text()), int(len(text) * 0.9), sorted(set(text))
     for split, part in (("train", text[:cut]), ("val", text[cut:])):
-        plain = [characters.index(c) for c in part]
-        bpe = [260, *BPE.encode_ordinary(part)]
-        assert read_tokens(out, split) == (bpe if script is prepare.shakespeare else plain)
-    expected = ("gpt2", 261) if script is prepare.shakespeare else ("characters", len(characters))
+        bpe, plain = [261, *BPE.encode_ordinary(part)], [characters.index(c) for c in part]
+        assert read_tokens(out, split) == (bpe if script is SHAKESPEARE else plain)
+        assert script is SHAKESPEARE or codec_for(meta, "").decode(plain) == part
+    expected = ("gpt2", 262) if script is SHAKESPEARE else ("characters", len(characters))
     assert (meta["tokenizer"], meta["vocab_size"]) == expected
     assert meta.get("characters", characters) == characters
     TokenData(out, 16).fingerprint()
@@ -315,71 +294,64 @@ def test_characters_that_do_not_fit_into_16_bits_are_refused(tmp_path):
         write_corpus(tmp_path, documents, CharacterCodec.from_list(characters[:65537]), {"source": "s"})
 
 
-def test_tinystories_keep_their_splits(tmp_path, monkeypatch):
+def test_tinystories_keep_their_splits_however_small(tmp_path, monkeypatch):
     stories = {"train": [f"story {i}\n\n{words(i).strip()}x" for i in range(300)], "val": ["one", "two"]}
-    for split, (name, _) in prepare.tinystories.FILES.items():
-        write_files(tmp_path, {name: f"\n{END_OF_TEXT}\n".join(stories[split]) + "\n" + END_OF_TEXT})
-    prepare.tinystories.main([f"--input={tmp_path}", f"--out={tmp_path}", "--jobs=1"])
+    for split, (name, _) in TINYSTORIES.FILES.items():
+        text = f"\n{END_OF_TEXT}\n".join(stories[split])
+        write_files(tmp_path, {name: text + END_OF_TEXT * (split == "train")})  # after the last story or not
+    TINYSTORIES.main([f"--input={tmp_path}", f"--out={tmp_path}", "--jobs=1"])
     assert {split: read_documents(tmp_path, split, BPE) for split in stories} == stories
     assert json.loads((tmp_path / "meta.json").read_text())["documents"] == 302
-    monkeypatch.setattr(prepare.tinystories, "MAX_STORY", 5000)
+    monkeypatch.setattr(TINYSTORIES, "MAX_STORY", 5000)
     (tmp_path / name).write_text("a" * 10_000)
     with pytest.raises(UserError, match="not TinyStories"):
-        prepare.tinystories.main([f"--input={tmp_path}", f"--out={tmp_path / 'out'}", "--jobs=1"])
+        TINYSTORIES.main([f"--input={tmp_path}", f"--out={tmp_path / 'out'}", "--jobs=1"])
     assert not (tmp_path / "out").exists()
 
 
 def hub(rows):
-    """A stand-in for the module `datasets`. Exceptions among the rows, or instead of them, are raised."""
+    """A stand-in for the module `datasets`."""
 
-    def read():
-        for row in [rows] if isinstance(rows, Exception) else rows:
-            if isinstance(row, Exception):
-                raise row
-            yield row
-
-    def load_dataset(name, split, streaming):
-        assert (name, split, streaming) == ("Skylion007/openwebtext", "train", True)
-        return next(read()) if isinstance(rows, Exception) else read()
+    def load_dataset(name, **options):
+        assert (name, options) == ("Skylion007/openwebtext", {"split": "train", "streaming": True})
+        return rows()
 
     return types.SimpleNamespace(load_dataset=load_dataset)
+
+
+def interrupted_rows():
+    yield {"text": "a"}
+    raise OSError("late\nsecond line")
 
 
 @pytest.mark.parametrize("source", ["file", "hub"])
 def test_openwebtext_keeps_one_document_in_2000_for_val(source, tmp_path, monkeypatch):
     texts = [f"document {i} {words(i % 30, i)}" for i in range(9000)]
-    texts += [f"{'x' * 1000}{i}" for i in range(9)]  # the hash is that of the first 1000 characters
-    monkeypatch.setitem(sys.modules, "datasets", hub([{"text": text} for text in texts]))
+    first = next(text for text in (f"{i}".ljust(1000, "x") for i in range(99999)) if is_val(text, 2000))
+    texts += [first, first + "yy", "a lone surrogate: \ud800"]  # the hash is that of the first 1000 characters
+    monkeypatch.setitem(sys.modules, "datasets", hub(lambda: [{"text": text} for text in texts]))
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     given = [f"--input={tmp_path / 'a.jsonl'}"] if source == "file" else []
-    prepare.openwebtext.main([*given, f"--out={tmp_path}", "--jobs=1"])
+    OPENWEBTEXT.main([*given, f"--out={tmp_path}", "--jobs=1"])
     for split in ("train", "val"):
-        expected = [text for text in texts if is_val(text[:1000], 2000) == (split == "val")]
+        expected = [text.replace("\ud800", "?") for text in texts if is_val(text[:1000], 2000) == (split == "val")]
         assert read_documents(tmp_path, split, BPE) == expected
         assert split == "train" or 0 < len(expected) < 15
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"text": 1}', '{"txt": "a"}', "\udcff", '{"text": "a\\ud800b"}'])
-def test_a_line_that_is_not_a_document_is_refused(line, tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' * 20 + line.encode(errors="surrogateescape"))
-    given = [f"--input={tmp_path / 'a.jsonl'}", f"--out={tmp_path}", "--jobs=1"]
-    if "ud800" in line:  # a lone surrogate is a document with a question mark
-        prepare.openwebtext.main(given)
-        assert read_documents(tmp_path, "val", BPE)[-1] == "a?b"
-        return
-    with pytest.raises(UserError) as error:
-        prepare.openwebtext.main(given)
-    assert str(tmp_path / "a.jsonl") in one_line(error)
+LINES = ["{", "[]", '{"text": 1}', '{"txt": "a"}', "\udcff"]
 
 
-@pytest.mark.parametrize(
-    "module", [None, hub(ConnectionError("no route\nto host")), hub([{"text": "a"}, OSError("late")])]
-)
-def test_openwebtext_without_hub_is_an_error_of_one_line(module, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", module)
-    with pytest.raises(UserError, match=r"huggingface.co/datasets/Skylion007/openwebtext.*--input=FILE") as error:
-        prepare.openwebtext.main([f"--out={tmp_path / 'out'}", "--jobs=1"])
-    assert one_line(error).count("cannot read") == 1
+@pytest.mark.parametrize("source", [*LINES, None, hub(lambda: 1 / 0), hub(interrupted_rows)])
+def test_openwebtext_that_cannot_be_read_is_an_error_of_one_line(source, tmp_path, monkeypatch):
+    given, expected = [f"--out={tmp_path / 'out'}", "--jobs=1"], "huggingface.co/datasets/Skylion007/openwebtext "
+    monkeypatch.setitem(sys.modules, "datasets", source)
+    if isinstance(source, str):
+        given, expected = [*given, f"--input={tmp_path / 'a.jsonl'}"], "a.jsonl must be a JSON object"
+        (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' + source.encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match=expected) as error:
+        OPENWEBTEXT.main(given)
+    assert one_line(error).count("huggingface.co") == (0 if isinstance(source, str) else 1)
     assert not (tmp_path / "out").exists()
 
 
@@ -411,13 +383,12 @@ def test_a_download_is_complete_and_happens_once(server, tmp_path):
 
 
 @pytest.mark.parametrize("answer", [None, {"length": 3_000_001}, {"status": 404}, {"status": 503}])
-@pytest.mark.parametrize("name", ["shakespeare", "shakespeare_char", "tinystories"])
-def test_a_failed_download_leaves_no_file_and_says_where_to_put_it(name, answer, server, tmp_path, monkeypatch):
-    script = getattr(prepare, name)
+@pytest.mark.parametrize("script", [SHAKESPEARE, CHARACTERS, TINYSTORIES])
+def test_a_failed_download_leaves_no_file_and_says_where_to_put_it(script, answer, server, tmp_path, monkeypatch):
     server[1].update(answer or {})
     url = server[0] if answer else "http://127.0.0.1:1/file"  # no server
     monkeypatch.setattr(script, "HERE", tmp_path)
-    monkeypatch.setattr(script, "URL" if name == "tinystories" else "SHAKESPEARE_URL", url)
+    monkeypatch.setattr(script, "URL" if script is TINYSTORIES else "SHAKESPEARE_URL", url)
     with pytest.raises(UserError, match=f"cannot download {url}.*put it at {tmp_path}/") as error:
         script.main([f"--out={tmp_path / 'out'}"])
     assert one_line(error) and not list(tmp_path.iterdir())

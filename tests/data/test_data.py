@@ -1,6 +1,7 @@
 """Batches, how they are dealt to ranks, and datasets that are refused."""
 
 import hashlib
+import json
 import os
 import pickle
 import threading
@@ -11,13 +12,22 @@ import pytest
 import torch
 
 import train
-from tests.data.builders import BLOCK, write_tokens
 from tests.helpers.runs import TINY, one_line, write_dataset
 from trainer import data as trainer_data
 from trainer.data import EVAL_SEED, GPT2_VOCAB_SIZE, BatchLoader, TokenData, open_dataset
 from trainer.errors import UserError
 
+BLOCK = 8
 TOKENS = [(31 * i + 5) % 65536 for i in range(5000)]  # all different
+
+
+def write_tokens(folder, train, val=None, meta=None):
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, tokens in (("train", train), ("val", train if val is None else val)):
+        (folder / f"{split}.bin").write_bytes(np.asarray(tokens, dtype="<u2").tobytes())
+    if meta is not None:
+        (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
 
 
 @pytest.fixture
@@ -26,9 +36,8 @@ def data(tmp_path):
 
 
 def test_batches_start_at_words_of_a_philox_keyed_by_seed_split_step_and_micro_batch(data):
-    calls = [
-        (s, *place) for s in ("train", "val") for place in [(0, 0, 0), (1337, 41, 3), (2**40, 10**6, 7), (0, 0, 1)]
-    ]
+    places = [(0, 0, 0), (1337, 41, 3), (2**40, 10**6, 7), (0, 0, 1)]
+    calls = [(split, *place) for split in ("train", "val") for place in places]
     for rows, call in [(6, call) for call in calls] + [(11, call) for call in reversed(calls)]:  # there is no state
         entropy = np.random.SeedSequence([call[1], ["train", "val"].index(call[0]), *call[2:]])
         starts = [int(word) % (len(TOKENS) - BLOCK) for word in np.random.Philox(entropy).random_raw(rows)]
@@ -51,46 +60,31 @@ def test_batches_reach_every_start_and_the_last_token(positions, tmp_path):
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_ranks_get_their_micro_batches_also_if_they_are_prefetched(world_size, device, data, monkeypatch):
-    loaded_in, batch, moved = [], data.batch, []
-    monkeypatch.setattr(
-        data, "batch", lambda *place: loaded_in.append(threading.current_thread().name) or batch(*place)
-    )
+    threads, moved, batch = [], [], data.batch
+    monkeypatch.setattr(data, "batch", lambda *place: threads.append(threading.current_thread()) or batch(*place))
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
     monkeypatch.setattr(BatchLoader, "_to_device", lambda self, pair: moved.append(self.device.type) or pair)
     for rank in range(world_size):
         loader = BatchLoader(data, 7, 4, 6, torch.device(device), SimpleNamespace(rank=rank, world_size=world_size))
-        loaded_in.clear()
-        for step in (0, 1, 2, 9, 3):  # a step that was not prefetched is loaded
+        threads.clear()
+        for step in (0, 1, 2, 9, 3):  # steps 0, 9 and 3 are not announced by the step before
             expected = [batch("train", 7, step, index, 4) for index in range(6) if index % world_size == rank]
-            found = [*loader.training(step)]
+            expected.append(batch("val", EVAL_SEED, 0, step, 4))
+            found = [*loader.training(step), loader.validation(step)]
             assert len(found) == len(expected)
             assert all(torch.equal(a, b) for pairs in zip(found, expected) for a, b in zip(*pairs))
-            evaluated = zip(loader.validation(step), batch("val", EVAL_SEED, 0, step, 4))
-            assert all(torch.equal(a, b) for a, b in evaluated)
-        by_thread = sum(name.startswith("batches") for name in loaded_in)
-        assert by_thread == (5 * 6 // world_size if device == "cuda" else 0)
-        assert loaded_in.count("MainThread") == 5 + (3 if device == "cuda" else 5 * 6 // world_size)
+        assert threads.count(threading.main_thread()) == 5 + (3 if device == "cuda" else 5 * 6 // world_size)
     assert set(moved) == {device}
 
 
-def test_validation_batches_are_the_same_in_every_evaluation_of_every_run(tmp_path, monkeypatch):
-    folder, original, runs = write_dataset(tmp_path / "data", 61), TokenData.batch, []
-
-    def spy(self, split, *place):
-        x, y = original(self, split, *place)
-        runs[-1][split].append(tuple(x.flatten().tolist()))
-        return x, y
-
-    monkeypatch.setattr(TokenData, "batch", spy)
-    for seed in (1, 2):
-        runs.append({"train": [], "val": []})
-        settings = TINY | dict(dataset=folder, out_dir=tmp_path / str(seed), seed=seed)
-        assert train.main([f"--{key}={value}" for key, value in settings.items()]) == 0
-    data = TokenData(folder, TINY["block_size"])
-    fixed = [tuple(original(data, "val", EVAL_SEED, 0, i, TINY["batch_size"])[0].flatten().tolist()) for i in range(2)]
-    assert EVAL_SEED == 0 and fixed[0] != fixed[1]
-    assert runs[0]["val"] == runs[1]["val"] == fixed * 3  # evaluations at steps 0, 3 and 6
-    assert len({*runs[0]["train"], *runs[1]["train"]}) == 2 * 6 * 2  # runs, steps, micro-batches
+def test_every_evaluation_of_a_run_uses_the_same_validation_batches(tmp_path, monkeypatch):
+    drawn, batch = [], TokenData.batch
+    monkeypatch.setattr(TokenData, "batch", lambda self, *place: drawn.append(place) or batch(self, *place))
+    settings = TINY | dict(dataset=write_dataset(tmp_path / "data", 61), out_dir=tmp_path / "out", seed=5)
+    assert train.main([f"--{key}={value}" for key, value in settings.items()]) == 0
+    evaluated = [place for place in drawn if place[0] == "val"]
+    assert evaluated == [("val", 0, 0, i, TINY["batch_size"]) for i in range(2)] * 3  # at steps 0, 3 and 6
+    assert drawn[2:4] == [("train", 5, 0, micro, TINY["batch_size"]) for micro in range(2)]
 
 
 def test_a_fingerprint_is_taken_of_files_whose_size_or_time_changed_and_compared_with_meta_json(data, monkeypatch):
@@ -117,10 +111,9 @@ def test_a_token_outside_the_vocabulary_is_refused(split, position, tmp_path, mo
     TokenData(folder, BLOCK).fingerprint()
     tokens[position] = 60
     np.asarray(tokens, "<u2").tofile(folder / f"{split}.bin")
-    refusals = [lambda: TokenData(folder, BLOCK).fingerprint(), lambda: TokenData(folder, 39).batch(split, 0, 0, 0, 1)]
-    for refusal in refusals:
+    for read in (lambda data: data.fingerprint(), lambda data: data.batch(split, 0, 0, 0, 1)):
         with pytest.raises(UserError, match=f"{folder / split}.bin holds the token id 60, .* vocabulary of 60"):
-            refusal()
+            read(TokenData(folder, 39))
 
 
 def test_a_missing_dataset_is_refused_with_a_list_of_those_that_exist():
@@ -137,7 +130,6 @@ def test_a_missing_dataset_is_refused_with_a_list_of_those_that_exist():
         (b"\1\0" * 40 + b"\1", "81 bytes"),
         (b"\1\0" * BLOCK, f"{BLOCK} tokens, too few for block_size={BLOCK}"),
     ],
-    ids=["missing", "empty", "odd_length", "too_short"],
 )
 def test_a_token_file_that_cannot_be_used_is_refused(split, content, expected, tmp_path):
     path = write_tokens(tmp_path, [1] * 40) / f"{split}.bin"
@@ -158,14 +150,11 @@ class Bomb:
 @pytest.mark.parametrize(
     "name, content",
     [
-        *(("meta.json", content) for content in (b"", b'{"vocab_size": 65', b"\xff\xfe", b"[65]", b"{}")),
-        *(("meta.json", b'{"vocab_size": %s}' % size) for size in (b'"65"', b"null", b"true", b"0", b"65537")),
+        *(("meta.json", bad) for bad in (b"", b'{"vocab_size": 65', b"\xff\xfe", b"[65]", b"{}")),
+        *(("meta.json", b'{"vocab_size": %s}' % bad) for bad in (b'"65"', b"null", b"true", b"0", b"65537")),
         ("meta.json", b'{"vocab_size": 65, "dtype": "uint32"}'),
-        *(("meta.pkl", content) for content in (b"", pickle.dumps({"vocab_size": 65})[:-4], pickle.dumps([65]))),
-        *(
-            ("meta.pkl", content)
-            for content in (b"}Na.", b"}]Ns.", b"cone\ntwo\n.", b"\x80\x04\x8c\x03a\nb\x8c\x01c\x93.")
-        ),
+        *(("meta.pkl", bad) for bad in (b"", pickle.dumps({"vocab_size": 65})[:-4], pickle.dumps([65]), b"}Na.")),
+        *(("meta.pkl", bad) for bad in (b"}]Ns.", b"cone\ntwo\n.", b"\x80\x04\x8c\x03a\nb\x8c\x01c\x93.")),
         ("meta.pkl", b"\x80\x04\x95" + b"\xff" * 8 + b"}."),  # a frame larger than memory
         *(("meta.pkl", pickle.dumps(Bomb(), protocol)) for protocol in range(6)),
         *(("meta.pkl", pickle.dumps({"vocab_size": 65, "itos": [Bomb()]}, protocol)) for protocol in range(6)),
@@ -189,5 +178,5 @@ def test_nanogpts_meta_pkl_gives_the_vocabulary(tmp_path):
     assert TokenData(tmp_path, BLOCK).vocab_size == GPT2_VOCAB_SIZE == 50304
     meta = {"vocab_size": 65, "itos": {0: "\n", 1: "a"}, "stoi": {"\n": 0, "a": 1}}
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
-    assert TokenData(tmp_path, BLOCK).meta == meta
-    assert TokenData(tmp_path, BLOCK).vocab_size == 65
+    data = TokenData(tmp_path, BLOCK)
+    assert (data.meta, data.vocab_size) == (meta, 65)

@@ -1,5 +1,6 @@
 """A preparation that is interrupted anywhere leaves the old dataset, the new one, or one that is refused."""
 
+import itertools
 import os
 import pickle
 import shutil
@@ -12,30 +13,36 @@ import pytest
 
 from data.corpus import Document, write_corpus
 from data.tokenizer import CharacterCodec
-from tests.data.builders import BLOCK, prepare, prepare_text, write_files, write_tokens
+from tests.helpers.runs import write_dataset
 from trainer import data as trainer_data
-from trainer.data import DATA, GPT2_VOCAB_SIZE, TokenData, open_dataset
+from trainer.data import DATA, GPT2_VOCAB_SIZE, TokenData, load_prepare, open_dataset
 from trainer.errors import UserError
 from trainer.lock import folder_lock
 
-FILES = ("train.bin", "val.bin", "meta.json")
+BLOCK = 8
 KILLED = 9
-PREPARERS = {"text": lambda out, root: prepare_text(root, f"--out={out}"), "stdlib": prepare.stdlib.prepare}
+TEXT, STDLIB = (load_prepare(DATA / name / "prepare.py") for name in ("text", "stdlib"))
+PREPARERS = {"text": lambda out, root: TEXT.main([str(root), f"--out={out}", "--jobs=1"]), "stdlib": STDLIB.prepare}
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """Python files, some for each split."""
-    texts = {f"module_{i}.py": f"def f{i}():\n    return {i**7}\n" for i in range(30)}
-    return write_files(tmp_path_factory.mktemp("root"), texts)
+    root = tmp_path_factory.mktemp("root")
+    for i in range(30):
+        (root / f"module_{i}.py").write_text(f"def f{i}():\n    return {i**7}\n")
+    return root
 
 
 def write_old(out, kind):
     """An old dataset: with meta.json, with nanoGPT's meta.pkl, without either, or none at all."""
     if kind != "none":
-        write_tokens(out, [40] * 400, [30] * 400, {"vocab_size": 50} if kind == "json" else None)
+        write_dataset(out, 50)
+    if kind in ("pkl", "no_meta"):
+        (out / "meta.json").unlink()
     if kind == "pkl":
         (out / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 50, "stoi": {"a": 0}, "itos": {0: "a"}}))
+    return out
 
 
 def seen(folder):
@@ -53,26 +60,20 @@ def killed_before(operation, action):
     """Run action() in a process that ends before its n-th change of a name or wait for the disk; whether it did."""
     pid = os.fork()
     if pid == 0:
-        status, count = 1, 0
         signal.alarm(60)
+        count = itertools.count(1)
+        for name in ("replace", "fsync", "unlink", "open"):
+            original = getattr(os, name)
 
-        def counting(function):
-            def call(*args, **options):
-                nonlocal count
-                count += 1
-                if count == operation:
-                    os._exit(KILLED)
-                return function(*args, **options)
+            def call(*args, original=original, **options):
+                return os._exit(KILLED) if next(count) == operation else original(*args, **options)
 
-            return call
-
+            setattr(os, name, call)
         try:
-            for name in ("replace", "fsync", "unlink", "open"):
-                setattr(os, name, counting(getattr(os, name)))
             action()
-            status = 0
+            os._exit(0)
         finally:
-            os._exit(status)
+            os._exit(1)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     assert status in (0, KILLED)
     return status == KILLED
@@ -80,8 +81,7 @@ def killed_before(operation, action):
 
 @pytest.mark.parametrize("name, kind", [("text", "json"), ("text", "no_meta"), ("text", "pkl"), ("stdlib", "none")])
 def test_a_killed_preparation_leaves_the_old_dataset_the_new_one_or_a_refusal(name, kind, root, tmp_path):
-    write_old(tmp_path / "old", kind)
-    before = seen(tmp_path / "old")
+    before = seen(write_old(tmp_path / "old", kind))
     assert kind == "none" or before[0] == (GPT2_VOCAB_SIZE if kind == "no_meta" else 50)
     PREPARERS[name](tmp_path / "new", root)
     after = seen(tmp_path / "new")
@@ -89,15 +89,14 @@ def test_a_killed_preparation_leaves_the_old_dataset_the_new_one_or_a_refusal(na
     kinds, operation, killed = [], 0, True
     while killed:
         operation += 1
-        out = tmp_path / str(operation)
-        write_old(out, kind)
+        out = write_old(tmp_path / str(operation), kind)
         killed = killed_before(operation, lambda out=out: PREPARERS[name](out, root))
         found = seen(out)
         assert found in (before, after) or "preparation was interrupted; prepare it again" in found or kind == "none"
         kinds.append("old" if found == before else "new" if found == after else "refused")
         PREPARERS[name](out, root)  # leaves a complete dataset and nothing else
         assert seen(out) == after
-        assert {path.name for path in out.iterdir()} - {".lock", ".lock.holder", "meta.pkl"} == set(FILES)
+        assert len([*out.glob("*.bin"), *out.glob("meta.json")]) == 3 and not [*out.glob("*.tmp")]
     assert operation > 10
     assert kinds == sorted(kinds, key=("old", "refused", "new").index)
     assert set(kinds) == {"refused", "new"} | ({"old"} if kind != "none" else set())
@@ -128,62 +127,48 @@ def test_an_error_while_tokens_are_written_leaves_the_old_dataset(tmp_path):
         yield Document(["a" * 100], "train")
         raise OSError(28, "No space left on device")
 
-    write_old(tmp_path, "json")
-    before = seen(tmp_path)
+    out = write_old(tmp_path / "out", "json")
+    before = seen(out)
     with pytest.raises(UserError, match="No space left"):
-        write_corpus(tmp_path, documents(), CharacterCodec.from_list(["a"]), {"source": "s"})
-    assert seen(tmp_path) == before
+        write_corpus(out, documents(), CharacterCodec.from_list(["a"]), {"source": "s"})
+    assert seen(out) == before
 
 
 def test_a_dataset_that_is_replaced_while_it_is_being_opened_is_refused(root, tmp_path, monkeypatch):
-    write_old(tmp_path, "no_meta")
-    open_file, prepared = TokenData._open, []
+    out, open_file, prepared = write_old(tmp_path / "out", "no_meta"), TokenData._open, []
 
     def prepare_first(self, split):
-        prepared or prepared.append(PREPARERS["text"](tmp_path, root))
+        prepared or prepared.append(PREPARERS["text"](out, root))
         return open_file(self, split)
 
     monkeypatch.setattr(TokenData, "_open", prepare_first)
-    assert "prepared again while it was being opened" in seen(tmp_path)
-    assert seen(tmp_path)[0] == 257
+    assert "prepared again while it was being opened" in seen(out)
+    assert seen(out)[0] == 257
 
 
-@pytest.fixture
-def stdlib(root, tmp_path, monkeypatch):
-    """A folder data/stdlib whose corpus is made from `root`."""
-    (tmp_path / "stdlib").mkdir()
-    shutil.copy(DATA / "stdlib" / "prepare.py", tmp_path / "stdlib")
-    monkeypatch.setattr(trainer_data, "DATA", tmp_path)
+def test_processes_that_need_an_interrupted_stdlib_at_once_prepare_it_once(root, tmp_path, monkeypatch, capsys):
+    stdlib, opened = write_old(tmp_path / "stdlib", "json"), []
+    (stdlib / "meta.json").write_text('{"incomplete": "being written"}')
+    shutil.copy(DATA / "stdlib" / "prepare.py", stdlib)
     paths = sysconfig.get_paths() | {"stdlib": str(root)}
     monkeypatch.setattr(sysconfig, "get_paths", lambda: paths)
-    return tmp_path / "stdlib"
-
-
-def test_an_interrupted_stdlib_is_prepared_again_on_first_use(stdlib, capsys):
-    write_tokens(stdlib, [1] * 40, meta={"incomplete": "being written"})
-    for expected in ("prepared Python", ""):
-        assert open_dataset("stdlib", BLOCK).vocab_size == 257
-        assert capsys.readouterr().out.startswith(expected)
-
-
-def test_processes_that_need_stdlib_at_once_prepare_it_once(stdlib, capsys):
-    opened = []
+    monkeypatch.setattr(trainer_data, "DATA", tmp_path)
     threads = [threading.Thread(target=lambda: opened.append(open_dataset("stdlib", BLOCK))) for _ in range(3)]
     with folder_lock(stdlib):
         for thread in threads:
             thread.start()
         time.sleep(0.3)
-        assert not opened and not (stdlib / "meta.json").exists()
+        assert not opened and "interrupted" in seen(stdlib)
     for thread in threads:
         thread.join(20)
-    assert len(opened) == 3 and len({data.tokens["train"].tobytes() for data in opened}) == 1
+    assert len(opened) == 3 and {data.vocab_size for data in opened} == {257}
     assert capsys.readouterr().out.count("prepared Python") == 1
 
 
 @pytest.mark.parametrize("name", PREPARERS)
 def test_a_second_preparation_at_once_is_refused_and_changes_nothing(name, root, tmp_path):
-    write_old(tmp_path, "json")
-    before = seen(tmp_path)
-    with folder_lock(tmp_path), pytest.raises(UserError, match=r"another process is writing to [^\n]*--out"):
-        PREPARERS[name](tmp_path, root)
-    assert seen(tmp_path) == before
+    out = write_old(tmp_path / "out", "json")
+    before = seen(out)
+    with folder_lock(out), pytest.raises(UserError, match=r"another process is writing to [^\n]*--out"):
+        PREPARERS[name](out, root)
+    assert seen(out) == before
