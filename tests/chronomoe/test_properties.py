@@ -9,33 +9,31 @@ from hypothesis import strategies as st
 from comparison.runs import load_run
 from comparison.sweep import Job
 from trainer.checkpoint import newest
-from trainer.cli import read_config_file
 from trainer.data import read_meta
 from trainer.errors import UserError
 from trainer.files import JsonLines, parse_json
 from trainer.runlog import history_in
+from trainer.cli import read_config_file
 from trainer.settings import from_arguments, keys
 
 often = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
-    max_leaves=8,
-)
+
+def nested(inner):
+    return st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+json_values = st.recursive(scalars, nested, max_leaves=8)
+objects = st.dictionaries(st.sampled_from(["vocab_size", "sha256", "seed", "max_iters", "history"]), json_values)
+deep = [b"[" * 5_000, b'{"a":' * 5_000, b"1" * 5_000, b"\xff\xfe{", b"\0" * 50, b"NaN", b"1e999"]
+text = st.text(max_size=100).map(lambda text: text.encode("utf-8", "surrogatepass"))
 # almost valid contents find more than noise
-contents = st.one_of(
-    st.binary(max_size=200),
-    st.text(max_size=100).map(lambda text: text.encode("utf-8", "surrogatepass")),
-    json_values.map(lambda value: json.dumps(value).encode()),
-    st.dictionaries(st.sampled_from(["vocab_size", "sha256", "seed"]), json_values).map(
-        lambda x: json.dumps(x).encode()
-    ),
-    st.sampled_from([b"[" * 5_000, b'{"a":' * 5_000, b"1" * 5_000, b"\xff\xfe{", b"\0" * 50, b"NaN", b"1e999"]),
-)
+contents = st.binary(max_size=200) | text | (json_values | objects).map(lambda x: json.dumps(x).encode())
+contents |= st.sampled_from(deep)
 odd = ["", "None", "True", "[]", "()", "-0", "1e400", "nan", "inf", "'", "0x", "9" * 5000, "(" * 300, "\0"]
 lists = st.recursive(st.integers(), lambda inner: st.lists(inner, max_size=3), max_leaves=5)
-values = st.one_of(st.text(max_size=12), (st.integers() | st.floats()).map(str), st.sampled_from(odd), lists.map(repr))
+values = st.text(max_size=12) | (st.integers() | st.floats()).map(str) | st.sampled_from(odd) | lists.map(repr)
 
 
 def works_or_is_refused(action):
@@ -66,22 +64,19 @@ def test_a_file_with_any_contents(name, tmp_path, content):
 
 
 @often
-@given(contents, st.dictionaries(st.sampled_from(["seed", "max_iters", "history"]), json_values), json_values)
+@given(contents, objects, json_values)
 def test_a_run_whose_files_have_any_contents(tmp_path, content, config, value):
-    line = {"step": value, "val/loss": value}
-    for of_config, of_metrics in ((content, {"step": 1}), (json.dumps({"seed": 1, "max_iters": 1} | config), line)):
-        (tmp_path / "config.json").write_bytes(of_config if isinstance(of_config, bytes) else of_config.encode())
-        (tmp_path / "metrics.jsonl").write_text(json.dumps(of_metrics) + "\n")
+    valid = json.dumps({"seed": 1, "max_iters": 1} | config).encode()
+    for of_config, line in ((content, {"step": 1}), (valid, {"step": value, "val/loss": value})):
+        (tmp_path / "config.json").write_bytes(of_config)
+        (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
         (tmp_path / "decisions.jsonl").write_text(json.dumps(value) + "\n")
         assert isinstance(history_in(tmp_path / "config.json"), list)
         works_or_is_refused(lambda: load_run(tmp_path))
 
 
 @often
-@given(
-    st.lists(contents | st.integers(0, 5).map(lambda step: b'{"step": %d}' % step), max_size=6),
-    st.none() | st.integers(0, 6),
-)
+@given(st.lists(contents | st.integers(0, 5).map(lambda n: b'{"step": %d}' % n)), st.none() | st.integers(0, 6))
 def test_lines_of_metrics_jsonl_that_are_not_json_are_left_out(tmp_path, parts, keep):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b"\n".join(parts))
