@@ -35,7 +35,10 @@ def write(out_dir: Path, state: dict[str, Any], is_best: bool = False) -> None:
     path = out_dir / NAME
     with atomic_write(path) as f:
         hashing = _Hashing(f)
-        torch.save(state, cast(BinaryIO, hashing))  # it needs only write and flush
+        try:
+            torch.save(state, cast(BinaryIO, hashing))  # it needs only write and flush
+        except RuntimeError as e:  # torch fails to close its archive after a write has failed
+            raise e.__context__ if isinstance(e.__context__, OSError) else e from None
         digest = DIGEST + hashing.sha256.hexdigest().encode()
         f.seek(-COMMENT_LENGTH, os.SEEK_END)
         f.write(len(digest).to_bytes(COMMENT_LENGTH, "little") + digest)

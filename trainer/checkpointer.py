@@ -87,7 +87,8 @@ class Checkpointer:
         try:
             saved = upgraded(saved, self.model)
             for name, target in self.states.items():
-                if saved.get(name):  # not in a checkpoint of nanoMoE; empty where the saved run needed none
+                missing = name not in saved  # in a checkpoint of nanoMoE
+                if not missing and (saved[name] or name != "scaler"):  # a disabled scaler has an empty state
                     target.load_state_dict(saved[name])
             self._check_optimizer()
             self.progress.load_state_dict(saved)

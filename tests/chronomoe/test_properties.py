@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from comparison.runs import load_run
 from comparison.sweep import Job
 from trainer.checkpoint import newest
+from trainer.cli import read_config_file
 from trainer.data import read_meta
 from trainer.errors import UserError
 from trainer.files import JsonLines, parse_json
 from trainer.runlog import history_in
-from trainer.cli import read_config_file
 from trainer.settings import from_arguments, keys
 
 often = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -1,4 +1,4 @@
-"""train.py in processes of its own, forked from a server that has torch loaded: real signals, real deaths, quickly."""
+"""Run train.py in child processes, forked from a server that has imported torch: real signals and kills, quickly."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -13,27 +14,30 @@ from pathlib import Path
 started: list = []
 
 
-def start(arguments: list[str], log: Path, file_limit: int | None = None, uid: int | None = None, environment=None):
-    """Start train.py with these arguments; what it prints goes to `log`. Returns the process, to be joined or killed.
+def start(arguments: list[str], log: Path, file_limit: int | None = None, environment=None):
+    """Start train.py with these arguments and append its output to `log`. Returns the process.
 
-    file_limit: bytes that no file may grow beyond. uid: the user to be. environment: variables to set.
+    file_limit: largest file size, in bytes. environment: variables to set.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.helpers.child", "train"])
-    process = context.Process(target=_run, args=(arguments, str(log), file_limit, uid, environment))
+    process = context.Process(target=_run, args=(arguments, str(log), file_limit, environment or {}))
     process.start()
     started.append(process)
     return process
 
 
-def kill_all() -> None:
-    """Leave none running: a test may have failed before it ended its own."""
-    while started:
-        started.pop().kill()
+def start_ranks(arguments: list[str], count: int, log: Path):
+    """Start train.py on `count` ranks, as torchrun does. Returns the processes by rank."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(s.getsockname()[1]), "WORLD_SIZE": str(count)}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    return [start(arguments, log, environment=address | rank) for rank in ranks]
 
 
 def finish(process, seconds: float = 60) -> int:
-    """The exit status; negative: the signal that killed it. Raises AssertionError if it takes longer."""
+    """Wait for the process. Returns its exit status, or minus the signal that killed it."""
     process.join(seconds)
     if process.exitcode is None:
         process.kill()
@@ -41,20 +45,46 @@ def finish(process, seconds: float = 60) -> int:
     return process.exitcode
 
 
+def run(arguments: list[str], log: Path, **options) -> int:
+    """Run train.py to its end. Returns the exit status."""
+    return finish(start(arguments, log, **options))
+
+
+def run_ranks(arguments: list[str], count: int, log: Path) -> list[int]:
+    """Run train.py on `count` ranks to the end. Returns the exit statuses by rank."""
+    return [finish(process) for process in start_ranks(arguments, count, log)]
+
+
+def set_file_limit(process_id: int, size: int | None) -> None:
+    """Limit the size of the files of a process, in bytes. 0: this process. None: no limit."""
+    limit = resource.RLIM_INFINITY if size is None else size
+    resource.prlimit(process_id, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+
+def kill_all() -> None:
+    """Kill the processes that a failed test left running."""
+    while started:
+        started.pop().kill()
+
+
 def wait_for(condition, seconds: float = 30):
     """Poll until condition() is true. Raises AssertionError if that takes longer."""
     until = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < until, "it did not happen"
+        assert time.monotonic() < until, "the condition did not become true"
         time.sleep(0.002)
 
 
-def _run(arguments: list[str], log: str, file_limit: int | None, uid: int | None, environment: dict | None) -> None:
+def wait_for_step(log: Path, step: int, seconds: float = 30):
+    """Wait until `log` has the console line of this step."""
+    wait_for(lambda: log.exists() and any(line.split()[:2] == ["step", str(step)] for line in log.open()), seconds)
+
+
+def _run(arguments: list[str], log: str, file_limit: int | None, environment: dict) -> None:
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        del os.environ[name]  # the server that this process was forked from may have a W&B of its own
-    os.environ.update(environment or {})
-    # as after exec: the server ignores Ctrl-C
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+        del os.environ[name]  # set by W&B in the process that started the server
+    os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the server ignores it
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
@@ -67,8 +97,5 @@ def _run(arguments: list[str], log: str, file_limit: int | None, uid: int | None
     from trainer.errors import run_script
 
     torch.set_num_threads(1)
-    if file_limit is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
-    if uid is not None:
-        os.setuid(uid)
+    set_file_limit(0, file_limit)
     run_script(train.main)

@@ -1,4 +1,4 @@
-"""Tiny runs of train.py, and how to read and compare what they leave."""
+"""Tiny runs of train.py, and functions that read and compare their files."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
+from trainer.errors import UserError
+
 ROOT = Path(__file__).parents[2]
+NANOMOE = ROOT / "tests" / "golden" / "nanomoe_ckpt.pt"  # a checkpoint of nanoMoE at step 10
 STEPS = 6
 VOCAB = 61
 TINY = dict(
@@ -17,12 +21,22 @@ TINY = dict(
     **dict(max_iters=STEPS, lr_decay_iters=STEPS, warmup_iters=2, learning_rate=1e-2, min_lr=1e-3),
     **dict(eval_interval=3, eval_iters=2, log_interval=1, device="cpu", wandb_log=False),
 )
+SHAPE = ("n_layer", "n_head", "n_embd", "n_exp", "block_size")  # settings of TINY that a checkpoint fixes
 ALL_ON = {f"chrono_{step}": True for step in ("router", "coherence", "beta", "bridge", "lifecycle")}
 NOISY = dict(dropout=0.2, use_noisy_top_k=True)
-SLOTS = 2 * 4 * 16 * 2  # micro-batches, sequences, tokens, experts a token
+# every expert is proposed for pruning after step 1
+DECISIVE = dict(chrono_unused_after=1, chrono_unused_tokens=10**9, chrono_starving_phi=-1)
+FULL = ALL_ON | NOISY | DECISIVE
+LONG = dict(max_iters=100_000, eval_interval=100_000)
+
+
+def arguments(settings: dict) -> list[str]:
+    """The command line of these settings."""
+    return [f"--{key}={value}" for key, value in settings.items()]
 
 
 def write_dataset(folder, vocab_size, seed=3):
+    """A dataset of uniformly random tokens."""
     rng = np.random.default_rng(seed)
     folder.mkdir()
     sha256 = {}
@@ -34,20 +48,37 @@ def write_dataset(folder, vocab_size, seed=3):
     return folder
 
 
-def no_constant(name):
-    raise AssertionError(f"{name} is not JSON")
+def write_skewed_dataset(folder):
+    """A dataset that uses 8 of VOCAB tokens, so that the loss falls. Its meta.json has no digests."""
+    write_dataset(folder, 8)
+    (folder / "meta.json").write_text(json.dumps({"vocab_size": VOCAB}))
+    return folder
+
+
+def _reject(constant):
+    raise AssertionError(f"{constant} is not JSON")
 
 
 def lines(path):
-    """The file's whole lines: a run may be writing another one."""
-    return [json.loads(line, parse_constant=no_constant) for line in path.read_text().split("\n")[:-1]]
+    """The complete lines of a log."""
+    return [json.loads(line, parse_constant=_reject) for line in path.read_text().split("\n")[:-1]]
 
 
 def metrics(out, timeless=False):
+    """The lines of metrics.jsonl. timeless: without the metrics that are times."""
     return [
         {key: value for key, value in line.items() if not (timeless and key.startswith("time/"))}
         for line in lines(out / "metrics.jsonl")
     ]
+
+
+def steps(out):
+    """The steps that metrics.jsonl has lines of."""
+    return [line["step"] for line in metrics(out)]
+
+
+def config_of(out):
+    return json.loads((out / "config.json").read_text())
 
 
 def checkpoint(out, name="ckpt.pt"):
@@ -65,33 +96,44 @@ def leaves(value, path=""):
     return {name: leaf for key, v in items for name, leaf in leaves(v, f"{path}/{key}").items()}
 
 
-# Keys of a checkpoint that hold settings, times, or a digest of lines that hold times.
-OF_A_START = ("config", "history", "lines_sha256")
-
-
-def differing_state(a, b, name="ckpt.pt"):
-    """Paths in two run folders' checkpoints where not every bit is the same, without the keys OF_A_START."""
-    a, b = (leaves({k: v for k, v in checkpoint(out, name).items() if k not in OF_A_START}) for out in (a, b))
-    assert any(path.startswith("/optimizer/state") for path in a)
-    assert any(path.startswith("/chrono") for path in a)
-    assert a.keys() == b.keys()
+def differing(a, b):
+    """Paths in two nested dicts of the same keys where not every bit is the same."""
 
     def same(x, y):
         if isinstance(x, torch.Tensor):
             return x.dtype == y.dtype and torch.equal(x, y)
         return type(x) is type(y) and x == y
 
+    a, b = leaves(a), leaves(b)
+    assert a.keys() == b.keys()
     return {path for path in a if not same(a[path], b[path])}
 
 
+def differing_state(a, b, name="ckpt.pt", without=()):
+    """Paths in the checkpoints of two folders where not every bit is the same, without keys that hold times."""
+    without = ("config", "history", "lines_sha256", *without)
+    a, b = ({key: value for key, value in checkpoint(out, name).items() if key not in without} for out in (a, b))
+    assert a["optimizer"]["state"] and a["chrono"]
+    return differing(a, b)
+
+
+def assert_same_run(out, expected):
+    """Two runs have the same state bit for bit, and the same lines except times."""
+    assert differing_state(out, expected) == set()
+    assert metrics(out, timeless=True) == metrics(expected, timeless=True)
+    assert lines(out / "decisions.jsonl") == lines(expected / "decisions.jsonl")
+
+
 def snapshot(out):
-    """The files of a run and their times, but for the lock."""
+    """Contents and modification times of the files of a run, without the lock."""
     files = [p for p in out.iterdir() if p.is_file() and not p.name.startswith(".lock")]
     return {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in files}
 
 
-def one_line(error):
+def error_of(call, *args, **kwargs):
+    """The one-line message of the UserError that the call must raise."""
+    with pytest.raises(UserError) as error:
+        call(*args, **kwargs)
     message = str(error.value)
-    assert message
-    assert "\n" not in message, message
+    assert message and "\n" not in message, message
     return message

@@ -1,6 +1,5 @@
-"""train.py on several ranks, as torchrun starts it: gloo processes on a CPU."""
+"""train.py on several ranks: gloo processes on a CPU, some of them under torchrun."""
 
-import json
 import os
 import signal
 import subprocess
@@ -10,191 +9,142 @@ import pytest
 import torch
 
 import train
-from tests.helpers import child
-from tests.helpers.runs import ALL_ON, NOISY, ROOT, TINY, checkpoint, differing_state, lines, metrics, write_dataset
+from tests.helpers import child, runs
 from trainer import distributed
-from trainer.errors import UserError
 
 RUN = dict(
-    **dict(gradient_accumulation_steps=4, max_iters=50, lr_decay_iters=50, eval_interval=25, eval_iters=5),
-    **dict(learning_rate=1e-3, min_lr=1e-4),
+    **dict(gradient_accumulation_steps=4, max_iters=40, lr_decay_iters=40, eval_interval=20, eval_iters=5),
+    **dict(learning_rate=1e-3, min_lr=1e-4, dropout=0, use_noisy_top_k=False),
 )
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("data") / "letters", 61)
+def ranks_keys(keys):
+    return lambda out, **changes: keys(out, **RUN | changes)
 
 
 @pytest.fixture(scope="module")
-def keys(dataset):
-    def arguments(out, **changes):
-        settings = TINY | ALL_ON | {"dataset": dataset, "out_dir": out} | RUN | changes
-        return [f"--{key}={value}" for key, value in settings.items()]
-
-    return arguments
-
-
-def torchrun(arguments, count, log, *options):
-    """Start train.py on `count` ranks; what they print goes to `log`."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with log.open("ab") as f:
-        return subprocess.Popen([*command, "train.py", *arguments], cwd=ROOT, env=environment, stdout=f, stderr=f)
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory, keys):
+def alone(tmp_path_factory, ranks_keys):
+    """The run on one rank. Do not write to it."""
     out = tmp_path_factory.mktemp("runs") / "alone"
-    assert train.main(keys(out)) == 0
+    assert train.main(ranks_keys(out)) == 0
     return out
 
 
-def largest_difference(a, b):
-    """Of the losses of two runs, relative."""
-    pairs = list(zip(metrics(a), metrics(b), strict=True))
-    assert len(pairs) == 51
-    names = ("train/loss", "val/loss", "train/aux_loss", "coherence/L0/layer")
-    return max(abs(x[n] - y[n]) / abs(x[n]) for x, y in pairs for n in names if n in x)
+def assert_close(a, b):
+    """The losses of two runs agree up to rounding."""
+    for x, y in zip(runs.metrics(a), runs.metrics(b), strict=True):
+        for name in {"train/loss", "val/loss", "train/aux_loss", "coherence/L0/layer"} & x.keys():
+            assert y[name] == pytest.approx(x[name], rel=1e-5), (x["step"], name)
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_ranks_train_as_one_process_with_the_same_micro_batches(count, keys, alone, tmp_path):
+def test_ranks_train_and_evaluate_as_one_process_with_the_same_micro_batches(count, ranks_keys, alone, tmp_path, capfd):
+    out, log, log_of_evaluation = tmp_path / "out", tmp_path / "log", tmp_path / "evaluation"
+    assert child.run_ranks(ranks_keys(out), count, log) == [0] * count
+    assert_close(alone, out)
+    assert log.read_text().count("\nstep 40 ") == 1  # one rank logs
+    assert runs.config_of(out)["ranks"] == count
+    decisions = [[d["expert_id"] for d in runs.lines(folder / "decisions.jsonl")] for folder in (alone, out)]
+    assert decisions[0] == decisions[1] and len(decisions[0]) == 8
+    evaluation = ranks_keys(alone, init_from="resume", eval_only=True)
+    assert child.run_ranks(evaluation, count, log_of_evaluation) == [0] * count
+    assert train.main(evaluation) == 0
+    assert log_of_evaluation.read_text().splitlines()[-1] in capfd.readouterr().out
+
+
+def test_a_resumed_run_is_bit_identical_with_as_many_ranks_and_close_with_fewer(ranks_keys, alone, tmp_path):
+    whole, out, other, log = (tmp_path / name for name in ("whole", "out", "other", "log"))
+    noisy = runs.NOISY | dict(max_iters=6, lr_decay_iters=6, eval_interval=3)
+    assert child.run_ranks(ranks_keys(whole, **noisy), 2, log) == [0, 0]
+    for changes in (dict(max_iters=3), dict(init_from="resume")):
+        assert child.run_ranks(ranks_keys(out, **noisy | changes), 2, log) == [0, 0]
+    first, second = (state["cpu"] for state in runs.checkpoint(out)["random"])
+    assert not torch.equal(first, second)
+    runs.assert_same_run(out, whole)
+    assert child.run_ranks(ranks_keys(other, max_iters=20), 2, log) == [0, 0]
+    assert train.main(ranks_keys(other, init_from="resume")) == 0
+    assert_close(alone, other)
+
+
+def test_a_signal_to_one_rank_saves_and_stops_all(ranks_keys, tmp_path):
     out, log = tmp_path / "out", tmp_path / "log"
-    assert torchrun(keys(out), count, log).wait(120) == 0, log.read_text()[-2000:]
-    assert largest_difference(alone, out) < 1e-5
-    assert log.read_text().count("\nstep 50 ") == 1  # one rank tells
-    assert json.loads((out / "config.json").read_text())["ranks"] == count
+    processes = child.start_ranks(ranks_keys(out, **runs.LONG), 2, log)
+    child.wait_for_step(log, 5)
+    os.kill(processes[1].pid, signal.SIGTERM)
+    assert [child.finish(process, 20) for process in processes] == [128 + signal.SIGTERM] * 2
+    assert "stopped at step" in log.read_text() and "--init_from=resume" in log.read_text()
+    assert runs.checkpoint(out)["iter_num"] == runs.steps(out)[-1] > 4
 
 
-def test_a_run_goes_on_bit_for_bit_with_as_many_ranks_and_to_rounding_with_others(keys, alone, tmp_path):
-    whole, out, log = tmp_path / "whole", tmp_path / "out", tmp_path / "log"
-    noisy = dict(max_iters=10, lr_decay_iters=10, eval_interval=5) | NOISY
-    assert torchrun(keys(whole, **noisy), 2, log).wait(120) == 0
-    assert torchrun(keys(out, **noisy | dict(max_iters=5)), 2, log).wait(120) == 0
-    assert len(checkpoint(out)["random"]) == 2
-    assert torchrun(keys(out, **noisy, init_from="resume"), 2, log).wait(120) == 0, log.read_text()[-2000:]
-    assert differing_state(out, whole) == set()
-    assert metrics(out, timeless=True) == metrics(whole, timeless=True)
-    other = tmp_path / "other"
-    assert torchrun(keys(other, max_iters=25), 2, log).wait(120) == 0
-    assert train.main(keys(other, init_from="resume")) == 0
-    assert largest_difference(alone, other) < 1e-5
-    assert "before 2: dropout and router noise are drawn anew" not in log.read_text()
-
-
-def test_a_signal_to_any_rank_saves_and_ends_all(keys, tmp_path):
-    out, log = tmp_path / "out", tmp_path / "log"
-    process = torchrun(keys(out, max_iters=100_000, eval_interval=100_000), 2, log)
-    child.wait_for(lambda: "step      5 " in log.read_text(), 60)
-    os.kill(workers(process)[1], signal.SIGTERM)
-    assert process.wait(40) != 0
-    said = log.read_text()
-    assert "stopped at step" in said and "--init_from=resume" in said
-    assert checkpoint(out)["iter_num"] == metrics(out)[-1]["step"]
-
-
-def workers(process):
-    """The ranks' process ids under torchrun, in their order."""
-    found = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
-    rows = [line.split(None, 2) for line in found.splitlines()[1:]]
-    return sorted(int(pid) for pid, parent, args in rows if int(parent) == process.pid and "train.py" in args)
-
-
-def test_torchruns_restart_goes_on_from_the_checkpoint(keys, alone, tmp_path):
-    out, log = tmp_path / "out", tmp_path / "log"
-    process = torchrun(keys(out, checkpoint_interval=5), 2, log, "--max-restarts=2", "--monitor-interval=0.1")
-    child.wait_for(lambda: "step 20 " in log.read_text(), 60)
-    os.kill(workers(process)[1], signal.SIGKILL)
-    assert process.wait(120) == 0, log.read_text()[-3000:]
-    assert largest_difference(alone, out) < 1e-5
-    history = json.loads((out / "config.json").read_text())["history"]
-    assert len(history) == 2 and history[1]["step"] >= 10
-
-
-def test_an_error_on_one_rank_ends_all_within_seconds_with_its_message(keys, dataset, tmp_path):
-    out, log = tmp_path / "out", tmp_path / "log"
-    process = torchrun(keys(out, max_iters=100_000, eval_interval=100_000), 2, log)
-    child.wait_for(lambda: "step      5 " in log.read_text(), 60)
-    os.kill(workers(process)[1], signal.SIGKILL)
-    assert process.wait(30) != 0
-    said = log.read_text()
-    assert "Traceback" not in said.split("torch/distributed")[0]
-    assert "lost the other ranks" in said or "stopped at step" in said
+def test_a_rank_that_is_killed_ends_the_others_with_one_line(ranks_keys, tmp_path):
+    log = tmp_path / "log"
+    processes = child.start_ranks(ranks_keys(tmp_path / "out", **runs.LONG), 2, log)
+    child.wait_for_step(log, 5)
+    processes[1].kill()
+    assert child.finish(processes[0], 30) == 2
+    assert log.read_text().splitlines()[-1] == "error: rank 0 lost the other ranks: the rank that ended first says why"
 
 
 @pytest.mark.parametrize(
-    "changes, expected",
+    ("changes", "expected"),
     [
         (dict(gradient_accumulation_steps=3), "3 micro-batches cannot be shared equally by 2 ranks"),
         (dict(no_such_key=1), "there is no setting 'no_such_key'"),
         (dict(dataset="no_such_data"), "no folder"),
     ],
 )
-def test_a_mistake_gets_its_line(changes, expected, keys, tmp_path):
+def test_an_error_of_a_user_is_reported_and_ends_all_ranks(changes, expected, ranks_keys, tmp_path):
     log = tmp_path / "log"
-    assert torchrun(keys(tmp_path / "out", **changes), 2, log).wait(60) != 0
-    errors = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
-    assert any(expected in line for line in errors), errors
+    assert child.run_ranks(ranks_keys(tmp_path / "out", **changes), 2, log) == [2, 2]
+    errors = log.read_text().splitlines()
+    assert any(line.startswith("error: ") and expected in line for line in errors), errors
+    assert not any("Traceback" in line for line in errors)
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
-def test_a_missing_rank_gets_one_line(keys, tmp_path, monkeypatch):
-    monkeypatch.setattr(distributed, "TIMEOUT", distributed.datetime.timedelta(seconds=2))
-    for name, value in dict(WORLD_SIZE=2, RANK=0, LOCAL_RANK=0, MASTER_ADDR="localhost", MASTER_PORT=29517).items():
-        monkeypatch.setenv(name, str(value))
-    with pytest.raises(UserError, match="rank 0 of 2 could not meet the others"):
-        train.main(keys(tmp_path / "out"))
-
-
-def test_half_of_torchruns_environment_gets_one_line(keys, tmp_path, monkeypatch):
+def test_a_missing_rank_or_half_of_torchruns_environment_gets_one_line(ranks_keys, tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "TIMEOUT", distributed.datetime.timedelta(seconds=1))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="torchrun"):
-        train.main(keys(tmp_path / "out"))
+    assert "torchrun" in runs.error_of(train.main, ranks_keys(tmp_path / "out"))
+    for name, value in dict(RANK=0, LOCAL_RANK=0, MASTER_ADDR="localhost", MASTER_PORT=29517).items():
+        monkeypatch.setenv(name, str(value))
+    assert "rank 0 of 2 could not join the others" in runs.error_of(train.main, ranks_keys(tmp_path / "out"))
 
 
-@pytest.mark.slow
-def test_evaluation_over_ranks_is_that_of_one_process(keys, alone, tmp_path, capfd):
-    log = tmp_path / "log"
-    arguments = keys(alone, init_from="resume", eval_only=True)
-    assert torchrun(arguments, 2, log).wait(60) == 0
-    assert train.main(arguments) == 0
-    told = [line for line in log.read_text().splitlines() if line.startswith("validation loss")]
-    assert told == [line for line in capfd.readouterr().out.splitlines() if line.startswith("validation loss")]
-    assert len(told) == 1
+# Restarts by torchrun
 
 
-@pytest.mark.slow
-def test_decisions_are_told_once(keys, tmp_path):
+def test_torchruns_restart_continues_from_the_checkpoint(ranks_keys, alone, tmp_path):
     out, log = tmp_path / "out", tmp_path / "log"
-    watched = dict(chrono_prune_phi=1, chrono_prune_min_tokens=0, chrono_prune_min_updates=1, max_iters=6)
-    assert torchrun(keys(out, **watched), 2, log).wait(60) == 0
-    found = [(d["step"], d["expert_id"], d["reason"], d["action"]) for d in lines(out / "decisions.jsonl")]
-    assert found and len(found) == len(set(found))
-    assert torch.equal(
-        checkpoint(out)["chrono"]["lifecycle"]["open"], checkpoint(out)["chrono"]["lifecycle"]["reported"]
-    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=2"]
+    command = [*torchrun, "--monitor-interval=0.1", "train.py", *ranks_keys(out, checkpoint_interval=5)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with log.open("ab") as f:
+        process = subprocess.Popen(command, cwd=runs.ROOT, env=environment, stdout=f, stderr=f)
+    child.wait_for_step(log, 1, 60)
+    workers = subprocess.check_output(["pgrep", "-P", str(process.pid), "-f", "train.py"], text=True).split()
+    child.wait_for_step(log, 12, 60)
+    os.kill(int(workers[1]), signal.SIGKILL)
+    assert process.wait(120) == 0, log.read_text()[-3000:]
+    assert_close(alone, out)
+    history = runs.config_of(out)["history"]
+    assert len(history) == 2 and history[1]["step"] >= 5
 
 
-@pytest.mark.slow
-def test_a_restart_does_not_take_another_runs_folder_for_its_own(keys, alone, tmp_path):
-    log = tmp_path / "log"
-    before = {path.name: path.read_bytes() for path in alone.iterdir() if path.is_file()}
-    process = torchrun(keys(alone, learning_rate=0.1), 2, log, "--max-restarts=1", "--monitor-interval=0.1")
-    assert process.wait(60) != 0
-    assert log.read_text().count("holds a run already") == 2  # at each attempt
-    assert {path.name: path.read_bytes() for path in alone.iterdir() if path.is_file()} == before
-
-
-def test_a_restart_before_the_first_checkpoint_starts_from_the_same_weights(keys, alone, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "out"
-    arguments = [*keys(out, init_from=alone, max_iters=2, learning_rate=0, min_lr=0)]
+def test_a_restart_before_the_first_checkpoint_starts_from_the_same_weights_and_only_in_its_own_folder(
+    ranks_keys, alone, tmp_path, monkeypatch, capsys
+):
+    out, before = tmp_path / "out", runs.snapshot(alone)
+    command = ranks_keys(out, init_from=alone, max_iters=2, learning_rate=0, min_lr=0)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a job")
-    assert train.main(arguments) == 0
+    assert train.main(command) == 0
+    assert "holds a run already" in runs.error_of(train.main, command)
     for path in out.glob("*.pt"):
         path.unlink()
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     capsys.readouterr()
-    assert train.main(arguments) == 0
-    assert f"weights: from {alone}" in capsys.readouterr().out
-    assert [line["step"] for line in metrics(out)] == [0, 1, 2]
+    assert train.main(command) == 0
+    assert f"weights: from {alone}" in capsys.readouterr().out and runs.steps(out) == [0, 1, 2]
+    assert "holds a run already" in runs.error_of(train.main, ranks_keys(alone, learning_rate=0.1))
+    assert runs.snapshot(alone) == before

@@ -1,0 +1,316 @@
+"""Checkpoints: their contents, when and how they are written, and what happens to damaged files."""
+
+import contextlib
+import os
+import pickle
+import random
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from tests.helpers import child, runs
+from tests.helpers.models import adamw, build, chrono, draw_beta, tokens, train_step
+from trainer import checkpoint, checkpointer
+from trainer.checkpointer import Checkpointer, copy_to_cpu
+from trainer.distributed import World
+from trainer.guard import NonFiniteGuard
+from trainer.progress import Progress
+from trainer.runlog import NoLog
+
+# Contents
+
+
+def test_a_checkpoint_has_exactly_these_keys_and_agrees_with_the_logs(full_run):
+    saved, lines, config = runs.checkpoint(full_run), runs.metrics(full_run), runs.config_of(full_run)
+    assert saved.keys() == {
+        *("model", "optimizer", "chrono", "guard", "scaler", "random", "model_args", "iter_num", "best_val_loss"),
+        *("unfinished", "config", "data", "weights_from", "weights_sha256"),
+        *("lines", "lines_sha256", "history", "incomplete", "wandb_id"),
+    }
+    for row, block in enumerate((0, 2)):
+        for e in range(4):
+            beta = saved["model"]["router_state.beta_coeff"][row, e].item()
+            assert beta == lines[-1][f"expert/L{block}_E{e}/beta"] != 0
+    assert saved["config"] == {key: config[key] for key in saved["config"]}
+    assert saved["iter_num"] == runs.STEPS and saved["unfinished"] is None
+    assert saved["best_val_loss"] == min(line["val/loss"] for line in lines[1:] if "val/loss" in line)
+
+
+def run_of(seed):
+    """A Checkpointer's arguments, whose every state depends on the seed."""
+    model, loop = build(chrono(eta=0.1), seed=seed)
+    draw_beta(model, seed)
+    optimizer, guard, progress = adamw(model, seed * 1e-3), NonFiniteGuard(model), Progress()
+    train_step(model, loop, optimizer, [tokens(seed)])
+    guard.total += seed
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**seed)
+    scaler.scale(torch.ones(()))  # creates its state
+    progress.step, progress.best_val_loss, progress.pending = seed, 1.5 * seed, {"step": seed}
+    return model, optimizer, {"chrono": loop, "guard": guard, "scaler": scaler}, progress
+
+
+def checkpointer_of(out, *states, log=None, **options):
+    made = Checkpointer(out, *states, device=torch.device("cpu"), world=World(), seed=0, **options)
+    made.begin(log or NoLog(), {"model_args": {}}, is_saved=False)
+    return made
+
+
+def state_of(c):
+    return copy_to_cpu({name: s.state_dict() for name, s in (c.states | {"progress": c.progress}).items()})
+
+
+def test_restore_loads_every_state_that_save_saved(tmp_path):
+    saving, restored = checkpointer_of(tmp_path, *run_of(1)), checkpointer_of(tmp_path, *run_of(2))
+    changed = runs.differing(state_of(saving), state_of(restored))
+    assert {path.split("/")[1] for path in changed} == state_of(saving).keys()
+    saving.save(is_best=True)
+    saving.wait()
+    drawn = torch.rand(3)  # after the save
+    assert restored.restore(checkpoint.load(tmp_path / "ckpt.pt")) == []
+    assert runs.differing(state_of(saving), state_of(restored)) == set()
+    assert torch.equal(torch.rand(3), drawn)
+
+
+# Saving
+
+
+class Log(NoLog):
+    """Keeps lines. `sync` waits until `is_open`."""
+
+    def __init__(self):
+        self.lines, self.is_open = [], True
+
+    def info(self, line):
+        self.lines.append(line)
+
+    def sync(self):
+        child.wait_for(lambda: self.is_open)
+
+
+class State(dict):
+    def state_dict(self):
+        return dict(self)
+
+
+@pytest.fixture
+def small(tmp_path):
+    """small(**options): a Checkpointer of one tensor."""
+    states = State(w=torch.ones(1000)), State(), {}
+    return lambda **options: checkpointer_of(tmp_path, *states, Progress(), log=Log(), **options)
+
+
+def test_a_save_returns_while_the_disk_hangs_and_writes_the_state_of_its_call(small, tmp_path):
+    saving = small(interval=1)
+    saving.log.is_open, saving.progress.step = False, 1
+    saving.save()
+    saving.model["w"].fill_(9)
+    assert saving.saved_step is None
+    saving.progress.step = 2
+    assert not saving.is_due()  # postponed until the disk is free,
+    saving.log.is_open = True
+    saving.wait()
+    assert saving.is_due()  # not forgotten
+    assert saving.saved_step == 1 and (runs.checkpoint(tmp_path)["model"]["w"] == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"), [(dict(interval=4), [4, 8]), (dict(minutes=0.5), [3, 6, 9]), (dict(), [])]
+)
+def test_saves_are_due_by_steps_and_by_time(options, expected, small, monkeypatch):
+    now, saved = [0.0], []
+    monkeypatch.setattr(checkpointer.time, "monotonic", lambda: now[0])
+    saving = small(**options)
+    for saving.progress.step in range(10):
+        if saving.is_due():
+            saving.save()
+            saving.wait()
+            assert not saving.is_due()
+            saved.append(saving.progress.step)
+        now[0] += 12
+    assert saved == expected
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_state_that_is_not_finite_is_not_saved_and_reported_once(bad, small, tmp_path):
+    saving = small()
+    for saving.progress.step in (1, 2, 3):
+        saving.save()
+        saving.wait()
+        saving.optimizer["state"] = {0: {"exp_avg": torch.tensor([0.0, bad])}}
+    assert runs.checkpoint(tmp_path)["iter_num"] == saving.saved_step == 1
+    (line,) = saving.log.lines
+    assert "optimizer/state/0/exp_avg" in line and "without protection" in line
+
+
+def test_two_names_of_one_tensor_are_saved_once(tmp_path):
+    tied = torch.zeros(100_000)
+    checkpoint.write(tmp_path, copy_to_cpu({"model": {"a": tied, "b": tied}}))
+    assert (tmp_path / "ckpt.pt").stat().st_size < 500_000
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_the_last_two_checkpoints_and_the_best_are_kept(has_links, keys, tmp_path, monkeypatch):
+    out, data = tmp_path / "out", runs.write_skewed_dataset(tmp_path / "data")
+    if not has_links:
+        monkeypatch.setattr(os, "link", lambda *paths: (_ for _ in ()).throw(OSError("no hard links")))
+    more = dict(max_iters=40, eval_interval=4, checkpoint_interval=5, learning_rate=0.03, decay_lr=False)
+    assert train.main(keys(out, dataset=data, **more)) == 0
+    found = {path.name: checkpoint.load(path) for path in out.glob("*.pt")}
+    losses = {line["step"]: line["val/loss"] for line in runs.metrics(out)[1:] if "val/loss" in line}
+    best = min(losses, key=losses.get)
+    numbers = {name: saved["iter_num"] for name, saved in found.items()}
+    assert numbers.pop("ckpt_previous.pt") in (35, 36)  # 35 if the disk is slow
+    assert numbers == {"ckpt.pt": 40, "ckpt_best.pt": best} and best < 40
+    assert found["ckpt_best.pt"]["best_val_loss"] == losses[best]
+
+
+def test_a_checkpoint_and_the_log_are_on_the_disk_before_it_gets_its_name(start, tmp_path, monkeypatch):
+    events = []
+
+    def record(name, path_of):
+        original = getattr(os, name)
+
+        def call(*args):
+            events.append(f"{name} {Path(path_of(*args)).name.replace(f'.{os.getpid()}', '')}")
+            return original(*args)
+
+        monkeypatch.setattr(os, name, call)
+
+    record("fsync", lambda handle: os.readlink(f"/proc/self/fd/{handle}"))
+    record("link", lambda source, target: target)
+    record("replace", lambda source, target: target)
+    start(tmp_path / "out", max_iters=2, eval_interval=1)
+    text = ", ".join(events)
+    assert "fsync config.json.tmp, replace config.json, fsync out" in text
+    write = "fsync metrics.jsonl, fsync decisions.jsonl, fsync ckpt.pt.tmp, "
+    best = "link ckpt_best.pt.tmp, replace ckpt_best.pt, "
+    previous = "link ckpt_previous.pt.tmp, replace ckpt_previous.pt, "
+    rename = "fsync ckpt.pt.tmp, replace ckpt.pt, fsync out"
+    assert write + best + rename in text
+    assert text.endswith((write + best + previous + rename, write + previous + rename))
+
+
+def test_a_full_disk_is_reported_once_and_training_continues_until_there_is_space(keys, tmp_path):
+    """No file may exceed 20 kB, which stops checkpoints and the log; after step 60 there is space again."""
+    many = dict(max_iters=120, lr_decay_iters=120, eval_interval=20, log_interval=4)
+    calm, out, log = tmp_path / "calm", tmp_path / "out", tmp_path / "log"
+    assert train.main(keys(calm, **many)) == 0
+    process = child.start(keys(out, **many), log, file_limit=20_000)
+    child.wait_for_step(log, 60)
+    child.set_file_limit(process.pid, None)
+    assert child.finish(process) == 0
+    reported = [line for line in log.read_text().splitlines() if re.search("cannot|again|wait", line)]
+    patterns = [
+        "cannot save step 20 in .*: File too large; .* without protection",
+        "cannot write .*metrics.jsonl: File too large; ",
+        "saved step .*: protected again",
+        "the lines that were waiting are written",
+    ]
+    assert all(re.match(pattern, line) for pattern, line in zip(patterns, sorted(reported), strict=True)), reported
+    runs.assert_same_run(out, calm)
+
+
+def test_a_disk_that_stays_full_leaves_the_older_checkpoint_and_exit_status_1(half, keys, tmp_path):
+    log, before = tmp_path / "log", (half / "ckpt.pt").read_bytes()
+    assert child.run(keys(half, init_from="resume"), log, file_limit=100_000) == 1
+    assert (half / "ckpt.pt").read_bytes() == before and len(before) > 100_000
+    assert not list(half.glob("*.tmp"))
+    assert runs.steps(half) == list(range(runs.STEPS + 1))
+    text = log.read_text()
+    assert "the state of step 6 is not saved (File too large); the newest checkpoint is of step 3" in text
+    assert "Traceback" not in text
+
+
+# Damaged and dangerous files
+
+
+def cut_at(content, place):
+    return content[:place]
+
+
+def flipped_at(content, place):
+    return content[:place] + bytes([content[place] ^ 0x10]) + content[place + 1 :]
+
+
+@pytest.mark.parametrize("damage", [cut_at, flipped_at])
+def test_a_checkpoint_damaged_at_any_byte_is_replaced_by_the_previous_one(damage, full):
+    content, intact = (full / "ckpt.pt").read_bytes(), runs.checkpoint(full)
+    previous = checkpoint.load(full / "ckpt_previous.pt")
+    places = random.Random(7).sample(range(len(content)), 40)
+    for place in [*places, 0, 1, *range(len(content) - 100, len(content), 3), len(content) - 1]:
+        (full / "ckpt.pt").write_bytes(damage(content, place))
+        found, notes, damaged = checkpoint.newest(full)
+        if damaged:
+            assert damaged == [full / "ckpt.pt"]
+            assert len(notes) == 2 and "ckpt.pt is damaged" in notes[0] and "ckpt_previous.pt, step 3" in notes[1]
+            assert runs.differing(found, previous) == set()
+        else:  # only the mark of the digest is lost
+            assert place >= len(content) - 75 and runs.differing(found, intact) == set()
+
+
+@pytest.mark.parametrize("content", [b"damaged", None])
+def test_a_run_whose_newest_checkpoint_is_lost_continues_from_the_previous_one(content, full, full_run, resume, capsys):
+    (full / "ckpt.pt").unlink()
+    if content is not None:
+        (full / "ckpt.pt").write_bytes(content)
+    assert resume(full) == 0
+    assert f"continuing from {full / 'ckpt_previous.pt'}, step 3" in capsys.readouterr().out
+    runs.assert_same_run(full, full_run)
+    assert [path.read_bytes() for path in full.glob("*.damaged")] == [content] * (content is not None)
+    assert checkpoint.load(full / "ckpt_previous.pt")["iter_num"] == 3  # not the damaged one
+
+
+def test_a_checkpoint_of_nanomoe_is_verified_by_its_zip_checksums(tmp_path):
+    content = runs.NANOMOE.read_bytes()
+    (tmp_path / "ckpt.pt").write_bytes(flipped_at(content, len(content) // 2))
+    with pytest.raises(checkpoint.Damaged):
+        checkpoint.load(tmp_path / "ckpt.pt")
+
+
+class Bomb:
+    """Creates the folder "harm" when it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("harm",)
+
+
+def changed(**changes):
+    return lambda path: torch.save(torch.load(path) | changes, path)
+
+
+UNUSABLE = {
+    "empty": lambda path: path.write_bytes(b""),
+    "first_bytes": lambda path: os.truncate(path, 200),
+    "half": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "last_byte_lost": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "text": lambda path: path.write_bytes(b"not a checkpoint\n"),
+    "text_with_a_dot": lambda path: path.write_bytes(b".gitkeep\n"),
+    "list": lambda path: torch.save([1, 2], path),
+    "model_alone": lambda path: torch.save({"model": {}}, path),
+    "no_loop": changed(chrono={}),
+    "no_guard": changed(guard={}),
+    "no_weights": changed(model={}),
+    "step_is_text": changed(iter_num="6"),
+    "code_in_torch_format": lambda path: torch.save(Bomb(), path),
+    "code_within_settings": changed(config=Bomb()),
+    "code_in_a_pickle": lambda path: path.write_bytes(pickle.dumps(Bomb(), protocol=2)),
+}
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_an_unusable_checkpoint_gets_one_line_executes_nothing_and_is_not_changed(name, full, resume, monkeypatch):
+    monkeypatch.chdir(full.parent)
+    for other in ("ckpt_previous.pt", "ckpt_best.pt"):
+        (full / other).unlink()
+    UNUSABLE[name](full / "ckpt.pt")
+    before = runs.snapshot(full)
+    assert str(full / "ckpt.pt") in runs.error_of(resume, full)
+    assert runs.snapshot(full) == before
+    assert not os.path.exists("harm")
+    if name.startswith("code"):
+        with contextlib.suppress(Exception):
+            torch.load(full / "ckpt.pt", weights_only=False)
+        assert os.path.exists("harm")  # the file is dangerous

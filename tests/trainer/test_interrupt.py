@@ -1,0 +1,158 @@
+"""Signals, the end of the parent process, and the lock that keeps a second run out."""
+
+import os
+import signal
+import subprocess
+import time
+from types import SimpleNamespace
+
+import pytest
+
+import train
+from tests.helpers import child, runs
+from trainer import interrupt
+from trainer.data import TokenData
+from trainer.interrupt import PARENT, SIGNALS, Interrupt
+from trainer.runlog import RunLog
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_ends_the_step_and_saves_it_for_resume(number, full_run, keys, resume, tmp_path, monkeypatch, capsys):
+    out, done, handlers = tmp_path / "out", [], [signal.getsignal(n) for n in SIGNALS]
+
+    def advance(log):
+        done.append(1)
+        if len(done) == 2:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(RunLog, "advance", advance)
+    assert train.main(keys(out)) == 128 + number
+    assert "--init_from=resume" in capsys.readouterr().out
+    assert [signal.getsignal(n) for n in SIGNALS] == handlers
+    assert runs.checkpoint(out)["iter_num"] == runs.steps(out)[-1] == 2
+    assert resume(out) == 0
+    runs.assert_same_run(out, full_run)
+
+
+def test_an_evaluation_that_a_signal_interrupts_is_done_after_resume(full_run, keys, resume, tmp_path, monkeypatch):
+    out, batches, original = tmp_path / "out", [], TokenData.batch
+
+    def batch(self, split, *rest):
+        batches.append(split)
+        if batches.count("val") == 3:  # the first of two batches of the evaluation at step 3
+            signal.raise_signal(signal.SIGTERM)
+        return original(self, split, *rest)
+
+    monkeypatch.setattr(TokenData, "batch", batch)
+    assert train.main(keys(out)) == 128 + signal.SIGTERM
+    assert batches.count("val") == 3
+    assert runs.steps(out) == [0, 1, 2] and runs.checkpoint(out)["unfinished"]["step"] == 3
+    assert resume(out) == 0
+    assert batches.count("val") == 3 + 4  # of steps 3 and 6
+    runs.assert_same_run(out, full_run)
+
+
+@pytest.mark.parametrize(("output", "number"), [("file", 15), ("pipe", signal.SIGINT), ("terminal", signal.SIGHUP)])
+def test_a_signal_saves_and_sets_the_exit_status_even_if_nobody_reads_the_output(output, number, keys, tmp_path):
+    """`... 2>&1 | tee log` and Ctrl-C, which ends tee first; a terminal that is closed."""
+    out, log, ends = tmp_path / "out", tmp_path / "log", []
+    if output == "pipe":
+        os.mkfifo(log)
+        ends = [os.open(log, os.O_RDONLY | os.O_NONBLOCK)]
+    elif output == "terminal":
+        ends = os.openpty()
+        log = os.ttyname(ends[1])
+    process = child.start(keys(out, **runs.LONG), log)
+    child.wait_for(lambda: (out / "metrics.jsonl").exists() and len(runs.metrics(out)) > 3)
+    for end in ends:
+        os.close(end)
+    os.kill(process.pid, number)
+    assert child.finish(process, 10) == 128 + number
+    assert runs.checkpoint(out)["iter_num"] == runs.steps(out)[-1] > 1
+    if output == "file":
+        text = log.read_text()
+        assert "stopping after this step" in text and "--init_from=resume" in text and "Traceback" not in text
+
+
+def test_a_second_signal_stops_at_once_and_leaves_the_checkpoint_unchanged(half, keys, tmp_path):
+    log, before = tmp_path / "log", (half / "ckpt.pt").read_bytes()
+    process = child.start(keys(half, init_from="resume", **runs.LONG), log)
+    child.wait_for_step(log, 5)
+    for number in (signal.SIGSTOP, signal.SIGINT, signal.SIGTERM, signal.SIGCONT):  # both arrive in one step
+        os.kill(process.pid, number)
+    assert child.finish(process, 10) == 128 + signal.SIGTERM
+    assert "stopped at once" in log.read_text() and "Traceback" not in log.read_text()
+    assert (half / "ckpt.pt").read_bytes() == before
+
+
+def test_with_several_ranks_a_second_signal_within_three_seconds_is_the_same_ctrl_c(monkeypatch):
+    now, ended = [0.0], []
+    monkeypatch.setattr(interrupt.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(interrupt.os, "_exit", ended.append)
+    with Interrupt(SimpleNamespace(world_size=2)) as signals:
+        for now[0] in (10.0, 12.9, 13.1):
+            assert not ended
+            signal.raise_signal(signal.SIGINT)
+        assert signals.received == signal.SIGINT and ended == [130]
+
+
+def test_an_ignored_sighup_stays_ignored_as_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupt() as signals:
+            signal.raise_signal(signal.SIGHUP)
+            assert not signals.poll() and not signals.stopping and signals.exit_status == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_whose_parent_ends_saves_and_stops(keys, tmp_path):
+    out, log = tmp_path / "out", tmp_path / "log"
+    parent = subprocess.Popen(["sleep", "600"])  # a parent with a shell in between
+    process = child.start(keys(out, **runs.LONG), log, environment={PARENT: str(parent.pid)})
+    child.wait_for_step(log, 2)
+    time.sleep(0.7)  # longer than the interval of the checks
+    assert "stopping" not in log.read_text()
+    parent.kill()
+    parent.wait()
+    assert child.finish(process, 10) == 128 + signal.SIGTERM
+    assert log.read_text().count("stopping after this step") == 1 and "Traceback" not in log.read_text()
+    assert runs.checkpoint(out)["iter_num"] == runs.steps(out)[-1] > 1
+
+
+@pytest.mark.parametrize("is_parent", [True, False])
+def test_the_end_of_the_parent_is_a_sigterm_unless_a_signal_was_received(is_parent, monkeypatch):
+    sent, is_alive = [], [True]
+    monkeypatch.setattr(interrupt, "POLL_SECONDS", 0.001)
+    monkeypatch.setattr(interrupt.os, "kill", lambda *call: sent.append(call))
+    monkeypatch.setattr(interrupt.os, "getppid", lambda: 77 if is_alive[0] and is_parent else 1)
+    monkeypatch.setattr(interrupt, "_exists", lambda process: is_alive[0] and process == 77)
+    monkeypatch.setenv(PARENT, "77")
+    with Interrupt() as signals:
+        time.sleep(0.05)
+        assert not sent
+        is_alive[0] = False
+        child.wait_for(lambda: sent, 5)
+        signals.received = signal.SIGINT
+        signals._watch(78)
+    assert sent == [(os.getpid(), signal.SIGTERM)]
+
+
+@pytest.mark.parametrize("value", ["x", "-1"])
+def test_a_parent_that_is_not_a_process_id_gets_one_line(value, keys, tmp_path, monkeypatch):
+    monkeypatch.setenv(PARENT, value)
+    assert PARENT in runs.error_of(train.main, keys(tmp_path / "out"))
+
+
+def test_a_second_run_in_the_folder_is_refused_while_the_first_is_alive(keys, tmp_path):
+    out, log, other = tmp_path / "out", tmp_path / "log", tmp_path / "other"
+    first = child.start(keys(out, **runs.LONG, checkpoint_interval=1), log)
+    child.wait_for_step(log, 5)
+    assert child.run(keys(out, init_from="resume"), other) == 2
+    (line,) = other.read_text().splitlines()
+    assert line.startswith("error: another process is writing to") and str(first.pid) in line
+    first.kill()
+    assert child.finish(first) == -signal.SIGKILL
+    last = runs.steps(out)[-1] + 5
+    assert child.run(keys(out, init_from="resume", max_iters=last), other) == 0
+    assert runs.steps(out)[-1] == last

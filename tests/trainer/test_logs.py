@@ -1,0 +1,296 @@
+"""metrics.jsonl, decisions.jsonl, config.json and the console; and logs that are damaged before a resume."""
+
+import hashlib
+import json
+import math
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.helpers import runs
+from trainer import checkpointer, timer
+from trainer.data import TokenData
+from trainer.files import JsonLines
+from trainer.settings import from_arguments
+
+TOKENS = 2 * 4 * 16  # micro-batches, sequences, tokens
+
+
+def metric_names(blocks, experts, groups="routing: load_cv dropped; expert: load", more=()):
+    """The documented names. groups: of the metrics per layer and per expert."""
+    names = {"step", "tokens", "time/step_ms", "time/tokens_per_s", "lr", "grad_norm", *more}
+    names |= {"train/loss", "train/aux_loss", "train/router_z_loss", "train/skipped"}
+    for group, metrics in (part.strip().split(": ") for part in groups.split(";")):
+        per_expert = [f"_E{e}" for e in range(experts)] if group == "expert" else [""]
+        places = [f"L{block}{expert}" for block in blocks for expert in per_expert]
+        names |= {f"{group}/{place}/{metric}" for place in places for metric in metrics.split()}
+    return names
+
+
+ALL_GROUPS = """routing: load_cv dropped js flip flip_set overlap relevance logit_std neff saturation;
+    beta: mean std min max spread clamped; coherence: layer phi_slow_min phi_slow_max starving;
+    expert: load phi_fast phi_mid phi_slow beta"""
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        (runs.FULL, metric_names([0, 2], 4, ALL_GROUPS, ["lifecycle/candidates"])),
+        (dict(n_layer=4, stride=3), metric_names([0, 3], 4)),
+        (dict(n_exp=1), metric_names([], 0)),
+    ],
+)
+def test_each_step_has_one_line_with_the_documented_names(changes, names, start, tmp_path):
+    start(tmp_path / "out", **changes)
+    found = runs.metrics(tmp_path / "out")
+    assert [line["step"] for line in found] == list(range(runs.STEPS + 1))
+    assert found[0].keys() == {"step", "val/loss"}
+    for line in found[1:]:
+        assert line.keys() == names | ({"val/loss"} if line["step"] % 3 == 0 else set())
+
+
+def test_the_metrics_of_a_line_agree_with_each_other(full_run):
+    for line in runs.metrics(full_run)[1:]:
+        assert line["tokens"] == line["step"] * TOKENS
+        assert line["time/tokens_per_s"] == pytest.approx(TOKENS * 1000 / line["time/step_ms"])
+        for block in (0, 2):
+            values = [[line[f"expert/L{block}_E{e}/{n}"] for e in range(4)] for n in ("beta", "phi_slow", "load")]
+            beta, slow, load = values
+            assert line[f"beta/L{block}/mean"] == pytest.approx(sum(beta) / 4, abs=1e-9)
+            assert line[f"beta/L{block}/spread"] == pytest.approx(max(beta) - min(beta), abs=1e-9)
+            assert line[f"coherence/L{block}/phi_slow_min"] == min(slow)
+            assert line[f"coherence/L{block}/phi_slow_max"] == max(slow)
+            assert sum(load) == pytest.approx(1)
+
+
+def test_only_logged_and_evaluated_steps_have_lines(start, tmp_path):
+    start(tmp_path / "out", log_interval=2)
+    found = runs.metrics(tmp_path / "out")
+    assert [line["step"] for line in found] == [0, 2, 3, 4, 6]
+    assert [line["step"] for line in found if "val/loss" in line] == [0, 3, 6]
+    assert [line["step"] for line in found if "train/loss" in line] == [2, 4, 6]
+
+
+def test_values_that_are_not_finite_are_null_in_every_file(start, tmp_path):
+    out = tmp_path / "out"
+    start(out, **runs.FULL, learning_rate=1e30, min_lr=1e30, grad_clip=0)  # the weights overflow in the second step
+    found = runs.metrics(out)
+    assert None in [line.get("train/loss") for line in found[2:]] and found[-1]["val/loss"] is None
+    for name in ("metrics.jsonl", "decisions.jsonl", "config.json"):
+        assert (out / name).stat().st_size and not re.search(r"NaN|Infinity", (out / name).read_text())
+    JsonLines(tmp_path / "log", None, 0).write({"a": math.nan, "b": math.inf, "c": -math.inf, "d": None, "e": 1e300})
+    assert runs.lines(tmp_path / "log") == [{"a": None, "b": None, "c": None, "d": None, "e": 1e300}]
+
+
+def test_step_times_exclude_evaluations_and_saving(start, tmp_path, monkeypatch):
+    """On a clock on which a micro-batch takes a second, a validation batch 100 and copying the state 1000."""
+    clock = [0.0]
+
+    def slow(module, name, seconds):
+        original = getattr(module, name)
+
+        def call(*args):
+            clock[0] += seconds(*args)
+            return original(*args)
+
+        monkeypatch.setattr(module, name, call)
+
+    slow(TokenData, "batch", lambda data, split, *rest: 1 if split == "train" else 100)
+    slow(checkpointer, "copy_to_cpu", lambda value, seen=None: 1000 * (seen is None))
+    monkeypatch.setattr(timer, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    start(tmp_path / "out", log_interval=2, eval_interval=3, checkpoint_interval=5)
+    times = [line["time/step_ms"] for line in runs.metrics(tmp_path / "out") if "time/step_ms" in line]
+    assert times == [2000, 2000, 2000]
+    assert clock[0] == 6 * 2 + 3 * 2 * 100 + 3 * 1000
+
+
+# config.json and the console
+
+
+def test_config_json_has_every_setting_and_the_environment(full_run, dataset):
+    found, settings = runs.config_of(full_run), from_arguments([]).flat()
+    given = runs.TINY | runs.FULL | {"dataset": str(dataset), "out_dir": str(full_run)}
+    assert {key: found[key] for key in settings} == settings | given | {"dtype": "float32", "arm": "on"}
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=runs.ROOT, capture_output=True, text=True)
+    assert (found["git_commit"] or "").removesuffix("-dirty") == head.stdout.strip()
+    assert found["threads"] == torch.get_num_threads() and found["ranks"] == 1
+    assert found["torch"] == torch.__version__ and sys.version.startswith(found["python"])
+    for name, sha256 in found["data_sha256"].items():
+        assert sha256 == hashlib.sha256((dataset / name).read_bytes()).hexdigest()
+    assert found["data_sha256"].keys() == {"train.bin", "val.bin"}
+    assert found["weights_from"] is found["weights_sha256"] is None and found["incomplete"] == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_warned"), [(dict(top_k=1), True), (dict(top_k=1, norm_topk_prob=False), False), ({}, False)]
+)
+def test_settings_are_resolved_and_an_untrained_router_is_warned_about(changes, is_warned, start, tmp_path, capsys):
+    assert start(tmp_path / "out", max_iters=0, device="auto", dtype="auto", **changes) == 0
+    assert ("does not train the router; set norm_topk_prob=False" in capsys.readouterr().out) == is_warned
+    found, cuda = runs.config_of(tmp_path / "out"), torch.cuda.is_available()
+    assert found["dtype"] in (("bfloat16", "float16") if cuda else ("float32",))
+    assert found["device"] == ("cuda" if cuda else "cpu")
+
+
+def test_decisions_have_a_line_for_each_candidate_that_opens_or_is_withdrawn(start, tmp_path):
+    few_tokens = dict(chrono_unused_after=2, chrono_unused_tokens=250, chrono_starving_phi=-1, max_iters=4)
+    for interval in (1, 100):
+        start(tmp_path / str(interval), **runs.ALL_ON, **few_tokens, log_interval=interval)
+    expected = []
+    for expert in (f"L{block}_E{e}" for block in (0, 2) for e in range(4)):
+        tokens, was_open = 0, False
+        for line in runs.metrics(tmp_path / "1")[1:]:
+            tokens += round(line[f"expert/{expert}/load"] * TOKENS * 2)  # each token has two experts
+            is_open = line["step"] >= 2 and tokens < 250
+            if is_open != was_open:
+                expected.append((line["step"], expert, "open" if is_open else "withdrawn"))
+            was_open = is_open
+    withdrawn = {expert for _, expert, action in expected if action == "withdrawn"}
+    assert 0 < len(withdrawn) < 8
+    found = [runs.lines(tmp_path / name / "decisions.jsonl") for name in ("1", "100")]
+    fine, coarse = (sorted((d["step"], d["expert_id"], d["action"]) for d in decisions) for decisions in found)
+    assert fine == sorted(expected)
+    # the only log line is that of the last step: what is open there has the step at which it opened
+    assert coarse == sorted(d for d in expected if d[1] not in withdrawn)
+    assert {d["reason"] for d in found[0]} == {"low_observability"}
+
+
+# Damaged logs
+
+
+def damage_log(path, how):
+    """Damage a log. Returns how many of its lines are readable."""
+    found = path.read_bytes().splitlines(keepends=True)
+    if how == "deleted":
+        path.unlink()
+        return 0
+    changed = {
+        "empty": [],
+        "missing": [*found[:1], *found[2:]],
+        "damaged": [found[0], found[1][: len(found[1]) // 2] + b"\n", *found[2:]],
+        "repeated": [found[0], *found[:2], *found[2:]],
+        "changed": [*found[:1], found[1].replace(b"0.", b"1.", 1), *found[2:]],
+        "cut": [*found[:-1], found[-1][:-10]],
+    }[how]
+    assert changed != found
+    path.write_bytes(b"".join(changed))
+    return {"empty": 0, "repeated": len(found), "changed": len(found)}.get(how, len(found) - 1)
+
+
+@pytest.mark.parametrize("name", ["metrics", "decisions"])
+@pytest.mark.parametrize("how", ["deleted", "empty", "missing", "damaged", "repeated", "changed", "cut"])
+def test_a_damaged_log_is_reported_and_the_run_stays_marked_as_incomplete(how, name, half, full_run, resume, capsys):
+    expected = runs.lines(half / f"{name}.jsonl")
+    kept = damage_log(half / f"{name}.jsonl", how)
+    assert resume(half, max_iters=4) == 0
+    (sentence,) = runs.config_of(half)["incomplete"]
+    assert f"incomplete: {sentence}" in capsys.readouterr().out.splitlines()
+    number = str(len(expected)) if kept == len(expected) else f"{len(expected) - kept} of {len(expected)} lines"
+    assert name in sentence and number in sentence
+    found = [line for line in runs.lines(half / f"{name}.jsonl") if line["step"] <= 3]
+    assert len(found) == kept
+    assert all(line in expected for line in found) or how == "changed"
+    # the mark survives the loss of config.json
+    (half / "config.json").write_text("{")
+    assert resume(half) == 0
+    assert runs.config_of(half)["incomplete"] == runs.checkpoint(half)["incomplete"] == [sentence]
+    assert not runs.differing_state(half, full_run, without=("incomplete", "lines"))
+
+
+@pytest.mark.parametrize("how", [None, "deleted", "missing", "damaged", "repeated"])
+def test_without_digests_the_lines_are_counted(how, half, resume):
+    torch.save({k: v for k, v in runs.checkpoint(half).items() if k != "lines_sha256"}, half / "ckpt.pt")
+    if how:
+        damage_log(half / "metrics.jsonl", how)
+    for length in (4, runs.STEPS):
+        assert resume(half, max_iters=length) == 0
+        assert len(runs.checkpoint(half)["incomplete"]) == (how is not None)
+
+
+def test_lines_after_the_checkpoint_are_dropped_and_mark_nothing(full_run, half, resume):
+    for name in ("metrics.jsonl", "decisions.jsonl"):
+        with (half / name).open("a") as f:
+            f.write('{"step": 4}\n{"step": 4}\nnoise\n{"st')
+    assert resume(half) == 0
+    runs.assert_same_run(half, full_run)
+    assert runs.config_of(half)["incomplete"] == []
+
+
+def test_a_checkpoint_has_the_number_and_digest_of_the_lines(full_run):
+    for name in ("metrics", "decisions"):
+        content = (full_run / f"{name}.jsonl").read_bytes()
+        assert runs.checkpoint(full_run)["lines"][name] == content.count(b"\n") > 0
+        assert runs.checkpoint(full_run)["lines_sha256"][name] == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "damage", [{"lines_sha256": [1]}, {"lines": {"metrics": "a"}}, {"lines_sha256": {"metrics": 3}}]
+)
+def test_a_damaged_record_of_the_logs_counts_as_missing(damage, full_run, half, resume):
+    torch.save(runs.checkpoint(half) | damage, half / "ckpt.pt")
+    assert resume(half) == 0
+    runs.assert_same_run(half, full_run)
+
+
+CHANGED = {"learning_rate": [1e-2, 5e-3], "max_iters": [3, 4]}
+
+
+def test_what_only_config_json_has_is_kept(half, resume, monkeypatch):
+    """A start that found damage and was killed before its first checkpoint."""
+    damage_log(half / "metrics.jsonl", "missing")
+    with monkeypatch.context() as m:
+        m.setattr(checkpointer.Checkpointer, "save", lambda *args, **options: None)
+        assert resume(half, max_iters=4, learning_rate=5e-3) == 0
+    assert runs.checkpoint(half)["iter_num"] == 3
+    (mark,) = runs.config_of(half)["incomplete"]
+    assert resume(half) == 0
+    assert runs.checkpoint(half)["incomplete"] == runs.config_of(half)["incomplete"] == [mark]
+    assert [s["changed"] for s in runs.checkpoint(half)["history"]] == [{}, CHANGED, {"max_iters": [3, 6]}]
+
+
+@pytest.mark.parametrize("damage", ["deleted", "{", "", "shorter"])
+def test_the_history_survives_damage_to_config_json(damage, half, resume):
+    assert resume(half, max_iters=4, learning_rate=5e-3) == 0
+    config = runs.config_of(half)
+    shorter = json.dumps(config | {"history": config["history"][:1]})
+    (half / "config.json").write_text(shorter if damage == "shorter" else damage)
+    if damage == "deleted":
+        (half / "config.json").unlink()
+    assert resume(half, learning_rate=5e-3) == 0
+    history = runs.config_of(half)["history"]
+    assert history == runs.checkpoint(half)["history"] and history[:2] == config["history"] and len(history) == 3
+    assert history[1]["changed"] == CHANGED and runs.config_of(half)["incomplete"] == []
+
+
+def test_a_history_that_neither_file_has_is_reported_as_lost(half, resume):
+    torch.save({k: v for k, v in runs.checkpoint(half).items() if k != "history"}, half / "ckpt.pt")
+    (half / "config.json").write_text("")
+    assert resume(half) == 0
+    assert runs.config_of(half)["incomplete"] == ["config.json: the history of the run's starts is lost"]
+    assert len(runs.config_of(half)["history"]) == 1
+
+
+def test_lines_that_could_not_be_written_are_written_later_in_order(tmp_path):
+    log, space = JsonLines(tmp_path / "log", None, 0), [5]
+    file = log.file
+
+    def write(content):
+        if space[0] <= 0:
+            raise OSError(28, "No space left on device")
+        written = file.write(content[: space[0]])
+        space[0] -= written
+        return written
+
+    log.write({"step": 1})
+    log.file = SimpleNamespace(write=write, truncate=file.truncate)
+    for step in (2, 3):
+        with pytest.raises(OSError):
+            log.write({"step": step})
+    assert [line["step"] for line in runs.lines(tmp_path / "log")] == [1]
+    space[0] = 10**6
+    log.write({"step": 4})
+    assert [line["step"] for line in runs.lines(tmp_path / "log")] == [1, 2, 3, 4] and log.count == 4

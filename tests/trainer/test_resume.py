@@ -1,0 +1,268 @@
+"""Resuming: a resumed run is the unbroken run, settings and data are checked, and no run is overwritten."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from tests.helpers import runs
+from trainer.data import TokenData
+from trainer.weights import weights_sha256
+
+
+def test_a_resumed_run_is_bit_identical_to_an_unbroken_one(full_run, half, resume):
+    assert resume(half) == 0
+    runs.assert_same_run(half, full_run)
+
+
+def test_dropout_and_router_noise_continue_from_the_saved_random_state(full_run, half, resume):
+    other = torch.Generator().manual_seed(1).get_state()
+    torch.save(runs.checkpoint(half) | {"random": [{"cpu": other}]}, half / "ckpt.pt")
+    assert resume(half) == 0
+    assert "/model/transformer.wte.weight" in runs.differing_state(half, full_run)
+
+
+def test_two_runs_with_one_seed_are_bit_identical_and_with_two_seeds_are_not(full_run, keys, tmp_path):
+    torch.manual_seed(99)
+    for seed in (1337, 2):
+        assert train.main(keys(tmp_path / str(seed), seed=seed)) == 0
+    runs.assert_same_run(tmp_path / "1337", full_run)
+    weights = {f"/model/{name}" for name, value in runs.checkpoint(full_run)["model"].items() if value.ndim > 1}
+    assert weights - {"/model/router_state.relevance"} <= runs.differing_state(tmp_path / "2", full_run)
+
+
+def test_resuming_a_finished_run_changes_neither_its_checkpoint_nor_its_logs(full_run, full, resume):
+    assert resume(full) == 0
+    for name in ("metrics.jsonl", "decisions.jsonl", "ckpt.pt"):
+        assert (full / name).read_bytes() == (full_run / name).read_bytes()
+
+
+def test_a_run_killed_long_after_its_checkpoint_does_the_lost_steps_again(keys, resume, tmp_path):
+    """Candidates open at step 3, are saved at step 3 and are reported at step 4."""
+    whole, late = tmp_path / "whole", dict(chrono_unused_after=3, log_interval=2)
+    assert train.main(keys(whole, **late)) == 0
+    assert [d["step"] for d in runs.lines(whole / "decisions.jsonl")] == [3] * 8
+    killed = shutil.copytree(whole, tmp_path / "killed")
+    os.replace(killed / "ckpt_previous.pt", killed / "ckpt.pt")
+    assert runs.checkpoint(killed)["iter_num"] == 3
+    os.truncate(killed / "metrics.jsonl", (killed / "metrics.jsonl").stat().st_size - 100)
+    assert resume(killed, **late) == 0
+    runs.assert_same_run(killed, whole)
+
+
+def test_coherence_that_is_switched_on_later_counts_the_steps_of_the_run(start, tmp_path):
+    start(tmp_path / "out", max_iters=3)
+    watched = runs.ALL_ON | dict(chrono_prune_phi=1, chrono_prune_min_tokens=0, chrono_prune_min_updates=1)
+    assert start(tmp_path / "out", **watched, init_from="resume") == 0
+    assert {d["step"] for d in runs.lines(tmp_path / "out" / "decisions.jsonl")} == {5}  # after two updates
+
+
+def test_evaluation_only_prints_the_loss_and_writes_nothing(full, resume, capsys):
+    before = runs.snapshot(full)
+    for length in (runs.STEPS, 4):  # also below the checkpoint's step
+        assert resume(full, eval_only=True, max_iters=length) == 0
+        loss = runs.metrics(full)[-1]["val/loss"]
+        assert f"validation loss at step 6: {loss:.4f} nats per token, over 2 batches" in capsys.readouterr().out
+    assert runs.snapshot(full) == before
+
+
+# Settings
+
+
+def test_settings_that_are_not_given_are_those_of_the_checkpoint(full_run, half, dataset, capsys):
+    given = {"out_dir": half, "dataset": dataset, "init_from": "resume", "max_iters": runs.STEPS}
+    assert train.main(runs.arguments(given)) == 0
+    runs.assert_same_run(half, full_run)
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("resume:")]
+    assert printed == ["resume: max_iters=6, before 3"]
+
+
+def test_changed_settings_are_printed_and_recorded_in_the_history(start, tmp_path, capsys):
+    out = tmp_path / "out"
+    start(out, max_iters=3)
+    start(out, init_from="resume", learning_rate=2e-3, top_k=1)
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("resume:")]
+    changed = ["top_k=1, before 2", "learning_rate=0.002, before 0.01", "max_iters=6, before 3"]
+    assert printed == [f"resume: {change}" for change in changed]
+    start(out, init_from="resume", learning_rate=3e-3, top_k=1, max_iters=7)
+    config = runs.config_of(out)
+    assert config["learning_rate"] == 3e-3
+    assert [(start["step"], start["changed"]) for start in config["history"]] == [
+        (0, {}),
+        (3, {"top_k": [2, 1], "learning_rate": [0.01, 0.002], "max_iters": [3, 6]}),
+        (6, {"learning_rate": [0.002, 0.003], "max_iters": [6, 7]}),
+    ]
+    assert {"time", "host", "threads", "torch", "git_commit"} <= config["history"][0].keys()
+
+
+def test_a_resumed_run_belongs_to_the_arm_that_its_settings_define(start, tmp_path):
+    load = runs.ALL_ON | {"chrono_signal": "load"}  # with other settings than those of the arm
+    shuffled, on, same = dict(chrono_signal="shuffled"), dict(chrono_signal="coherence"), dict(learning_rate=1e-3)
+    cases = [(load, "custom"), (shuffled, "shuffled"), (on, "on"), (same, "on")]
+    for step, (changes, arm) in enumerate(cases, 1):
+        assert start(tmp_path / "out", init_from="auto", **changes, max_iters=step) == 0
+        assert runs.config_of(tmp_path / "out")["arm"] == arm
+
+
+SHAPES = dict(n_layer=2, n_head=1, n_embd=32, n_exp=8, block_size=8, stride=1, bias=True, use_noisy_top_k=False)
+HOLDS_A_RUN = ["holds a run already", "--init_from=resume", "--out_dir"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        *(({k: v}, [f"{k}={v}, but the checkpoint", "a model's shape cannot change"]) for k, v in SHAPES.items()),
+        (dict(block_size=64), ["block_size=64, but the checkpoint"]),
+        (dict(max_iters=4), ["max_iters=4", "step 6"]),
+        (dict(dataset="larger"), [f"has {runs.VOCAB} token ids, the dataset", str(runs.VOCAB + 1)]),
+        (dict(init_from="scratch"), HOLDS_A_RUN),
+        (dict(init_from="full"), HOLDS_A_RUN),
+    ],
+)
+def test_what_does_not_fit_a_run_is_refused_and_changes_nothing(changes, expected, full, resume, monkeypatch):
+    monkeypatch.chdir(full.parent)
+    runs.write_dataset(full.parent / "larger", runs.VOCAB + 1)
+    before = runs.snapshot(full)
+    message = runs.error_of(resume, full, **changes)
+    assert all(part in message for part in expected), message
+    assert runs.snapshot(full) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (dict(init_from="resume"), ["there is no checkpoint", "ckpt.pt", "--init_from=auto"]),
+        (dict(init_from="resum"), ["did you mean 'resume'"]),
+        (dict(init_from="gtp2"), ["did you mean 'gpt2'"]),
+        (dict(init_from="no/such/file.pt"), ["there is no checkpoint no/such/file.pt"]),
+        *((dict(init_from=s), [f"init_from='{s}'", "auto:PATH"]) for s in ("auto:", "auto:resume", "auto:auto:x")),
+        *(({key: "x" * 300}, ["x" * 300]) for key in ("init_from", "dataset", "out_dir")),
+        (dict(out_dir="file/out"), ["cannot write to file/out"]),
+        (dict(chrono_router=True, n_exp=1), ["n_exp"]),
+        (dict(dataset="other_file"), ["train.bin is not the file that"]),
+        (dict(dataset="other_token"), ["val.bin", f"token id {runs.VOCAB}"]),
+    ],
+)
+def test_a_run_that_cannot_start_gets_one_line_and_creates_nothing(changes, expected, start, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("in the way")
+    other_file = runs.write_dataset(tmp_path / "other_file", runs.VOCAB)
+    shutil.copy(other_file / "val.bin", other_file / "train.bin")
+    other_token = runs.write_skewed_dataset(tmp_path / "other_token")
+    np.array([*np.fromfile(other_token / "val.bin", np.uint16), runs.VOCAB], np.uint16).tofile(other_token / "val.bin")
+    message = runs.error_of(start, "out", **changes)
+    assert all(part in message for part in expected), message
+    assert sorted(os.listdir()) == ["file", "other_file", "other_token"]
+
+
+def test_auto_does_not_overwrite_the_logs_of_a_run_whose_checkpoints_are_gone(start, tmp_path):
+    out = tmp_path / "out"
+    assert start(out, max_iters=4, eval_interval=1) == 0
+    for path in out.glob("ckpt*"):
+        path.unlink()
+    before = runs.snapshot(out)
+    assert "has the logs of a run but no checkpoint" in runs.error_of(start, out, init_from="auto", max_iters=9)
+    assert runs.snapshot(out) == before
+    # a run that was killed while it wrote its first checkpoint
+    (out / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in runs.metrics(out)[:3]))
+    assert start(out, init_from="auto") == 0
+    assert runs.steps(out) == list(range(runs.STEPS + 1))
+
+
+# Data
+
+
+def test_data_that_changed_since_the_run_began_are_refused(keys, resume, tmp_path):
+    data, out = runs.write_skewed_dataset(tmp_path / "data"), tmp_path / "out"
+    assert train.main(keys(out, dataset=data, max_iters=3)) == 0
+    before, content = runs.snapshot(out), (data / "train.bin").read_bytes()
+    (data / "train.bin").write_bytes(content[2:] + content[:2])
+    assert "train.bin of" in (message := runs.error_of(resume, out, dataset=data))
+    assert "has changed since the run began (sha256" in message and runs.snapshot(out) == before
+    (data / "train.bin").write_bytes(content)
+    assert resume(out, dataset=data) == 0
+
+
+def test_another_dataset_is_allowed_and_recorded(half, resume, tmp_path, dataset, capsys):
+    other = runs.write_dataset(tmp_path / "other", runs.VOCAB, seed=9)
+    sha256 = [json.loads((folder / "meta.json").read_text())["sha256"] for folder in (dataset, other)]
+    for split in ("train", "val"):  # the same size and time do not make it the same file
+        shutil.copystat(dataset / f"{split}.bin", other / f"{split}.bin")
+    assert resume(half, dataset=other) == 0
+    config = runs.config_of(half)
+    changed = {"max_iters": [3, 6], "dataset": [str(dataset), str(other)], "data_sha256": sha256}
+    assert config["history"][1]["changed"] == changed and config["data_sha256"] == sha256[1]
+    assert f"resume: dataset={other}" in capsys.readouterr().out
+
+
+def test_a_copy_of_the_dataset_is_no_change_of_data(half, resume, tmp_path, monkeypatch, dataset, full_run):
+    shutil.copytree(dataset, tmp_path / "copy", copy_function=shutil.copyfile)
+    monkeypatch.chdir(tmp_path)
+    assert resume(half, dataset="./copy") == 0
+    assert runs.config_of(half)["history"][1]["changed"].keys() == {"dataset", "max_iters"}
+    assert {path for path in runs.differing_state(half, full_run) if not path.startswith("/data/")} == set()
+
+
+def test_the_fingerprint_is_that_of_the_open_files_even_if_they_are_replaced(tmp_path):
+    folder, other = runs.write_skewed_dataset(tmp_path / "data"), runs.write_dataset(tmp_path / "other", runs.VOCAB)
+    expected, opened = TokenData(folder, 8).fingerprint(), TokenData(folder, 8)
+    for path in other.iterdir():
+        path.replace(folder / path.name)
+    assert opened.fingerprint() == expected != TokenData(folder, 8).fingerprint()
+
+
+# Checkpoints of nanoMoE and of older versions
+
+
+def test_nanomoes_checkpoint_is_resumed_in_its_shape_and_recorded_as_the_origin(start, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    shutil.copy(runs.NANOMOE, out / "ckpt.pt")
+    original = runs.checkpoint(out)
+    data = runs.write_dataset(tmp_path / "data", original["model_args"]["vocab_size"])
+    for length in (11, 12):
+        assert start(out, without=runs.SHAPE, init_from="resume", dataset=data, max_iters=length) == 0
+        saved = runs.checkpoint(out)
+        assert saved["iter_num"] == length
+        assert original["model_args"].items() <= saved["model_args"].items()
+        for record in (saved, runs.config_of(out)):
+            assert record["weights_from"] == str(out / "ckpt.pt")
+            assert record["weights_sha256"] == weights_sha256(original["model"])
+    assert runs.steps(out) == [11, 12]
+
+
+def make_older(out, **changes):
+    """Rewrite the checkpoints as an older version did."""
+    missing = ("weights_from", "weights_sha256", "history", "incomplete", "lines_sha256")
+    for path in out.glob("*.pt"):
+        saved = {key: value for key, value in torch.load(path, weights_only=True).items() if key not in missing}
+        torch.save(saved | changes, path)
+
+
+@pytest.mark.parametrize(("init_from", "origin"), [("scratch", None), ("resume", "unknown"), ("gpt2", "unknown")])
+def test_a_checkpoint_of_an_older_version_is_resumed(init_from, origin, half, full_run, resume):
+    config = {key: value for key, value in runs.checkpoint(half)["config"].items() if key not in ("margin", "arm")}
+    make_older(half, config=config | {"init_from": init_from})
+    assert resume(half, margin=0.7) == 0
+    config = runs.config_of(half)
+    assert config["weights_from"] == config["weights_sha256"] == origin == runs.checkpoint(half)["weights_from"]
+    assert config["history"][1]["changed"] == {"margin": [None, 0.7], "max_iters": [3, 6]}  # margin was at its default
+    assert config["arm"] == "on" and config["incomplete"] == [] and len(config["history"]) == 2
+    assert runs.metrics(half, timeless=True) == runs.metrics(full_run, timeless=True)
+
+
+def test_an_older_versions_best_loss_without_its_checkpoint_is_not_used(half, resume):
+    (half / "ckpt_best.pt").unlink()
+    make_older(half, best_val_loss=0.5)  # of step 0
+    assert resume(half) == 0
+    best = runs.checkpoint(half, "ckpt_best.pt")
+    assert best["iter_num"] == runs.STEPS and best["best_val_loss"] == runs.metrics(half)[-1]["val/loss"]
+
+
+def test_dtype_auto_on_resume_is_the_dtype_of_the_run(half, resume):
+    make_older(half, config=runs.checkpoint(half)["config"] | {"dtype": "bfloat16"})
+    assert "dtype='bfloat16' needs CUDA" in runs.error_of(resume, half, dtype="auto")

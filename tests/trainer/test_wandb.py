@@ -1,0 +1,173 @@
+"""Weights & Biases: offline without a login or network, and never the reason that a run ends or waits."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from unittest.mock import MagicMock
+
+import pytest
+
+from tests.helpers import child, runs
+from trainer.runlog import wandb_identity
+from trainer.settings import from_arguments
+
+
+@pytest.fixture
+def out(tmp_path_factory):
+    """A folder without "wandb" in its path, which tests look for in the output."""
+    return tmp_path_factory.mktemp("run") / "out"
+
+
+@pytest.fixture
+def wandb(tmp_path, monkeypatch):
+    """W&B as on a machine without a login, with fresh settings."""
+    wandb = pytest.importorskip("wandb")
+    for name in [name for name in os.environ if name.startswith("WANDB_") or name == "NETRC"]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    wandb.teardown()
+    yield wandb
+    wandb.teardown()
+
+
+@pytest.fixture
+def fake_run(wandb, monkeypatch):
+    """Stands for wandb's run."""
+    run = MagicMock(id="abc", url="http://127.0.0.1:9/abc")
+    run.settings.sync_dir = "nowhere"
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(wandb, "init", MagicMock(return_value=run))
+    return run
+
+
+def about_wandb(capfd):
+    return [line for line in "".join(capfd.readouterr()).splitlines() if re.search("w&b|wandb", line, re.IGNORECASE)]
+
+
+def test_without_a_login_it_is_offline_and_one_line_has_the_command_to_upload(start, out, wandb, capfd):
+    assert start(out, **runs.ALL_ON, wandb_log=True, max_iters=3) == 0
+    (line,) = about_wandb(capfd)
+    (folder,) = out.glob("wandb/offline-run-*")
+    assert "offline (not logged in" in line and line.endswith(f"wandb sync {folder}")
+    wandb.teardown()  # W&B's process writes the last records when it ends
+    (record,) = folder.glob("*.wandb")
+    content = record.read_bytes()
+    assert all(name.encode() in content for name in runs.metrics(out)[-1])
+    # a resumed run has the same id, and one folder per start
+    assert start(out, **runs.ALL_ON, wandb_log=True, init_from="resume") == 0
+    (line,) = about_wandb(capfd)
+    folders = sorted(out.glob("wandb/offline-run-*"))
+    assert line.endswith(f"wandb sync {' '.join(map(str, folders))}")
+    name = f"run-{runs.checkpoint(out)['wandb_id']}.wandb"
+    assert [[f.name for f in folder.glob("*.wandb")] for folder in folders] == [[name]] * 2
+    assert runs.steps(out) == list(range(runs.STEPS + 1))
+
+
+def test_with_a_login_but_no_network_it_is_offline_after_a_few_seconds(start, out, wandb, monkeypatch, capfd):
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    before = time.monotonic()
+    assert start(out, wandb_log=True) == 0
+    assert time.monotonic() - before < 15
+    (line,) = about_wandb(capfd)
+    assert "offline (http://127.0.0.1:9 cannot be reached)" in line
+
+
+CALLS = ["define_metric", *["log"] * (runs.STEPS + 1), "finish"]
+
+
+@pytest.mark.parametrize(("failing", "verb"), [("define_metric", "start"), ("log", "log"), ("finish", "finish")])
+def test_a_failure_is_reported_once_and_training_continues(failing, verb, start, out, fake_run, capfd):
+    getattr(fake_run, failing).side_effect = ConnectionError("the first line\nthe second")
+    assert start(out, wandb_log=True) == 0
+    assert [call[0] for call in fake_run.method_calls] == CALLS[: CALLS.index(failing) + 1]
+    reported = [line for line in about_wandb(capfd) if "could not" in line]
+    assert reported == [f"W&B: could not {verb} (ConnectionError: the first line); continuing without it"]
+    assert runs.steps(out) == list(range(runs.STEPS + 1))
+
+
+def test_a_machine_without_wandb_trains_and_reports_it_once(start, out, monkeypatch, capfd):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert start(out, wandb_log=True) == 0
+    (line,) = about_wandb(capfd)
+    assert "continuing without it" in line and runs.steps(out)[-1] == runs.STEPS
+
+
+def test_it_gets_the_lines_of_metrics_jsonl_and_config_json(half, resume, wandb, fake_run):
+    (half / "decisions.jsonl").unlink()
+    assert resume(half, wandb_log=True, learning_rate=5e-3) == 0
+    logged = [call.args[0] for call in fake_run.log.call_args_list]
+    assert logged == [{k: v for k, v in line.items() if v is not None} for line in runs.metrics(half)[4:]]
+    assert [call.kwargs["step"] for call in fake_run.log.call_args_list] == [4, 5, 6]
+    config = runs.config_of(half)
+    assert wandb.init.call_args.kwargs["config"] == config and config["incomplete"]
+    assert config["history"][1]["changed"]["learning_rate"] == [1e-2, 5e-3]
+
+
+def test_runs_with_beta_on_and_off_share_a_group_and_differ_in_job_type():
+    slice, beta_off = (str(runs.ROOT / "config" / name) for name in ("vertical_slice.py", "beta_off.py"))
+    commands = [slice], [beta_off], [slice, "--seed=2"], [slice, "--n_exp=16"]
+    on, off, other_seed, other_shape = (wandb_identity(from_arguments(command)) for command in commands)
+    assert on["group"] == off["group"] == other_seed["group"] != other_shape["group"]
+    assert on["project"] == off["project"] and on["name"] != off["name"] and on["tags"] != other_seed["tags"]
+    assert on["job_type"] == other_seed["job_type"] != off["job_type"]
+
+
+# W&B's own process
+
+
+@pytest.fixture
+def with_server(keys, tmp_path):
+    """Start a run that logs to W&B offline. Returns its process, the id of W&B's process, its folder and its output."""
+    servers = []
+
+    def start(**changes):
+        out, log = tmp_path / "out", tmp_path / "log"
+        command = keys(out, wandb_log=True, eval_interval=100_000, **changes)
+        process = child.start(command, log, environment={"WANDB_MODE": "offline", "HOME": str(tmp_path)})
+        child.wait_for_step(log, 2)
+        servers.append(int(subprocess.check_output(["pgrep", "-P", str(process.pid), "wandb-core"])))
+        return process, servers[0], out, log
+
+    yield start
+    for server in servers:
+        with contextlib.suppress(OSError):
+            os.kill(server, signal.SIGKILL)
+
+
+def reports(log):
+    return [line for line in log.read_text().splitlines() if line.startswith("W&B") or "Traceback" in line]
+
+
+def test_when_its_process_dies_training_continues(with_server):
+    process, server, out, log = with_server(max_iters=100)
+    os.kill(server, signal.SIGKILL)
+    assert child.finish(process) == 0
+    first, failure = reports(log)
+    assert "offline" in first and "could not log" in failure and "continuing without it" in failure
+    assert runs.steps(out)[-1] == 100
+
+
+@pytest.mark.slow
+def test_a_full_disk_in_its_folder_is_reported_once_and_training_continues(with_server):
+    process, server, out, log = with_server(max_iters=100)
+    child.set_file_limit(server, 20_000)
+    assert child.finish(process) == 0
+    first, failure = reports(log)
+    assert "offline" in first and "is incomplete (file too large); metrics.jsonl is complete" in failure
+    assert runs.steps(out)[-1] == 100
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_does_not_delay_a_run_that_a_signal_stops(with_server):
+    process, server, out, log = with_server(max_iters=100_000)
+    os.kill(server, signal.SIGSTOP)
+    os.kill(process.pid, signal.SIGTERM)
+    assert child.finish(process, 10) == 128 + signal.SIGTERM
+    _, failure = reports(log)
+    assert "could not finish" in failure and "wandb sync" in failure
+    assert runs.checkpoint(out)["iter_num"] == runs.steps(out)[-1]
