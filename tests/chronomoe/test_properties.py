@@ -19,18 +19,16 @@ from trainer.settings import from_arguments, keys
 often = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def nested(inner):
-    return st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
-
-
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
-json_values = st.recursive(scalars, nested, max_leaves=8)
-objects = st.dictionaries(st.sampled_from(["vocab_size", "sha256", "seed", "max_iters", "history"]), json_values)
+json_values = st.recursive(scalars, lambda x: st.lists(x) | st.dictionaries(st.text(max_size=8), x), max_leaves=8)
+keys_of_files = ["vocab_size", "sha256", "seed", "max_iters", "history", "step", "val/loss"]
+objects = json_values | st.dictionaries(st.sampled_from(keys_of_files), json_values)
 deep = [b"[" * 5_000, b'{"a":' * 5_000, b"1" * 5_000, b"\xff\xfe{", b"\0" * 50, b"NaN", b"1e999"]
 text = st.text(max_size=100).map(lambda text: text.encode("utf-8", "surrogatepass"))
 # almost valid contents find more than noise
-contents = st.binary(max_size=200) | text | (json_values | objects).map(lambda x: json.dumps(x).encode())
-contents |= st.sampled_from(deep)
+contents = (
+    st.binary(max_size=200) | text | st.sampled_from(deep) | objects.map(lambda x: json.dumps(x).encode() + b"\n")
+)
 odd = ["", "None", "True", "[]", "()", "-0", "1e400", "nan", "inf", "'", "0x", "9" * 5000, "(" * 300, "\0"]
 lists = st.recursive(st.integers(), lambda inner: st.lists(inner, max_size=3), max_leaves=5)
 values = st.text(max_size=12) | (st.integers() | st.floats()).map(str) | st.sampled_from(odd) | lists.map(repr)
@@ -54,25 +52,19 @@ def test_settings_on_the_command_line_and_in_a_config_file(tmp_path, pairs):
     works_or_is_refused(lambda: read_config_file(str(path), keys()))
 
 
-@pytest.mark.parametrize("name", ["meta.json", "meta.pkl", "ckpt.pt"])
+@pytest.mark.parametrize(
+    "name", ["meta.json", "meta.pkl", "ckpt.pt", "config.json", "metrics.jsonl", "decisions.jsonl"]
+)
 @often
 @given(content=contents)
-def test_a_file_with_any_contents(name, tmp_path, content):
+def test_a_folder_with_a_file_of_any_contents(name, tmp_path, content):
+    (tmp_path / "config.json").write_text('{"seed": 1, "max_iters": 1}')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "val/loss": 1.0}\n')
     (tmp_path / name).write_bytes(content)
-    result = works_or_is_refused(lambda: newest(tmp_path) if name == "ckpt.pt" else read_meta(tmp_path))
-    assert name != "ckpt.pt" or result is None
-
-
-@often
-@given(contents, objects, json_values)
-def test_a_run_whose_files_have_any_contents(tmp_path, content, config, value):
-    valid = json.dumps({"seed": 1, "max_iters": 1} | config).encode()
-    for of_config, line in ((content, {"step": 1}), (valid, {"step": value, "val/loss": value})):
-        (tmp_path / "config.json").write_bytes(of_config)
-        (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-        (tmp_path / "decisions.jsonl").write_text(json.dumps(value) + "\n")
-        assert isinstance(history_in(tmp_path / "config.json"), list)
-        works_or_is_refused(lambda: load_run(tmp_path))
+    for read in (read_meta, load_run):
+        works_or_is_refused(lambda read=read: read(tmp_path))
+    assert works_or_is_refused(lambda: newest(tmp_path)) is None
+    assert isinstance(history_in(tmp_path / "config.json"), list)
 
 
 @often

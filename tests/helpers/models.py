@@ -19,10 +19,12 @@ def chrono(**changes) -> ChronoConfig:
     return ChronoConfig(**(ALL_STEPS | changes))
 
 
-def build(config: ChronoConfig | None = None, seed: int = 0, **changes) -> tuple[GPT, ChronoLoop]:
-    """A small model with two MoE layers of eight experts, and its loop."""
+def build(config: ChronoConfig | None = None, seed: int = 0, beta: float = 0, **changes) -> tuple[GPT, ChronoLoop]:
+    """A small model with two MoE layers of eight experts, and its loop. beta: standard deviation of a random beta."""
     args = SHAPE | dict(use_aux_loss=True, use_router_z_loss=True, chrono=config or ChronoConfig()) | changes
     model = GPT(GPTConfig(**args), torch.Generator().manual_seed(seed))
+    beta_coeff = model.router_state.beta_coeff
+    beta_coeff.copy_(beta * torch.randn(beta_coeff.shape, generator=torch.Generator().manual_seed(0)))
     return model, ChronoLoop(model.router_state, model.config.moe_blocks)
 
 
@@ -38,9 +40,9 @@ def moe_layer(dtype: torch.dtype = torch.float64, **changes) -> MOELayer:
 
 def tokens(seed: int, batch: int = 8, model: GPT | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Random inputs and targets [batch, block_size]."""
-    config = model.config if model else GPTConfig(**SHAPE)
-    shape = (batch, config.block_size + 1)
-    ids = torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+    sizes = SHAPE if model is None else vars(model.config)
+    shape = (batch, sizes["block_size"] + 1)
+    ids = torch.randint(sizes["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
@@ -54,33 +56,34 @@ def trace_of(phi, kept, **fields) -> MoETrace:
     values = dict(tokens=one, batches=one, cross_entropy=one, aux_loss=one, router_z_loss=one)
     values |= dict(tokens_per_expert=kept, kept_per_expert=kept, output=output, gated_output=gated_output)
     values |= dict(prob=torch.full_like(phi, 1 / phi.shape[1]), logit_var=per_layer + 1, disagreement=per_layer)
-    return MoETrace(
-        **values | {name: per_layer for name in ("js", "overlap", "flip", "flip_set", "relevance")} | fields
-    )
+    values |= dict.fromkeys(("js", "overlap", "flip", "flip_set", "relevance"), per_layer)
+    return MoETrace(**values | fields)
 
 
-def training_step(model, loop, optimizer, guard=None, scaler=None, **options) -> TrainingStep:
+def record_routers(model) -> list:
+    """A list to which each forward appends (hidden states [N, D], Routing) of each MoE layer."""
+    found: list = []
+    for block in model.config.moe_blocks:
+        router = model.transformer.h[block].mlp.router
+        router.register_forward_hook(lambda _, args, routing: found.append((args[0].detach(), routing)))
+    return found
+
+
+def training_step(model, loop, optimizer, scaler=None, **options) -> TrainingStep:
     """A TrainingStep of a small model. The default scaler is off: it leaves losses and gradients as they are."""
-    guard = NonFiniteGuard(model) if guard is None else guard
     scaler = scaler or torch.amp.GradScaler(next(model.parameters()).device.type, enabled=False)
-    return TrainingStep(model, optimizer, loop, guard, scaler, **options)
+    return TrainingStep(model, optimizer, loop, NonFiniteGuard(model), scaler, **options)
 
 
-def train_step(model, loop, optimizer, batches, forward=None, guard=None, logged=True, **options) -> torch.Tensor:
+def train_step(model, loop, optimizer, batches, forward=None, logged=True) -> torch.Tensor:
     """One TrainingStep over micro-batches [(idx, targets), ...]; returns the mean cross-entropy, []."""
-    step = training_step(model, loop, optimizer, guard, forward=forward, micro_batches=len(batches), **options)
+    step = training_step(model, loop, optimizer, forward=forward, micro_batches=len(batches))
     trace = step(batches, step=1, logged=logged).trace
     return trace.cross_entropy / trace.batches
 
 
-def adamw(model, learning_rate: float = 1e-3):
-    return model.configure_optimizers(0.1, learning_rate, (0.9, 0.95), "cpu")
-
-
-def draw_beta(model, seed: int = 0, size: float = 1.0) -> None:
-    """Random beta, and a logit_std of 1, so that routing differs visibly from clean routing."""
-    beta = model.router_state.beta_coeff
-    beta.copy_(size * torch.randn(beta.shape, generator=torch.Generator().manual_seed(seed)))
+def adamw(model) -> torch.optim.AdamW:
+    return model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
 
 
 def loop_state(loop) -> dict[str, torch.Tensor]:

@@ -101,16 +101,13 @@ class SlowLoop:
 
     def state(self) -> dict[str, float | list]:
         """By the names of the loop's buffers and methods."""
-        threshold, window = self.config.bridge_threshold, self.config.window
-        return {
-            **{f"phi_{clock}": self.phi(clock) for clock in self.alpha},
-            **{"update_count": self.updates, "total_tokens_seen": self.tokens, "last_update_step": self.last},
-            **{"beta_coeff": self.beta, "disagreement": self.disagreement},
-            "observed": [last >= 0 and self.step - last < window for last in self.last],
-            "layer_phi": sum(p * n for p, n in zip(self.phi("slow"), self.tokens)) / max(sum(self.tokens), 1),
-            "logit_std": 1.0 if self.logit_std is None else self.logit_std,
-            "relevance": min(1.0, max(0.0, (3 * threshold - self.disagreement) / (2 * threshold))),
-        }
+        threshold, weighted = self.config.bridge_threshold, zip(self.phi("slow"), self.tokens)
+        found = {"update_count": self.updates, "total_tokens_seen": self.tokens, "last_update_step": self.last}
+        found |= {"beta_coeff": self.beta, "disagreement": self.disagreement, "logit_std": self.logit_std or 1.0}
+        found["relevance"] = min(1.0, max(0.0, (3 * threshold - self.disagreement) / (2 * threshold)))
+        found["observed"] = [last >= 0 and self.step - last < self.config.window for last in self.last]
+        found["layer_phi"] = sum(p * n for p, n in weighted) / max(sum(self.tokens), 1)
+        return found | {f"phi_{clock}": self.phi(clock) for clock in self.alpha}
 
     def update(self, phi, kept, routed, logit_std: float, disagreement: float, ok: bool) -> None:
         c = self.config
@@ -118,8 +115,7 @@ class SlowLoop:
         if not ok:
             return
         if math.isfinite(logit_std):
-            previous = logit_std if self.logit_std is None else self.logit_std
-            self.logit_std = c.logit_std_alpha * previous + (1 - c.logit_std_alpha) * logit_std
+            self.logit_std = c.logit_std_alpha * (self.logit_std or logit_std) + (1 - c.logit_std_alpha) * logit_std
         self.disagreement = disagreement if math.isfinite(disagreement) else self.disagreement
         for e, n in enumerate(kept):
             if n > 0 and math.isfinite(phi[e]):

@@ -59,20 +59,6 @@ def test_second_derivatives_of_the_loop_over_experts_are_refused(trained):
         torch.autograd.grad(y.sum(), getattr(experts, trained[0]), create_graph=True)
 
 
-def test_slots_are_sorted_by_expert_and_capacity_keeps_first_choices_first():
-    experts = torch.randint(7, (40, 3))
-    plan = plan_dispatch(experts, 7, capacity=5)
-    slots = [(int(experts[n, k]), k * 40 + n) for k in range(3) for n in range(40)]
-    assert plan.order.tolist() == [slot for _, slot in sorted(slots)]
-    assert plan.inverse[plan.order].tolist() == list(range(120))
-    counts = [sum(e == expert for e, _ in slots) for expert in range(7)]
-    assert plan.offsets.tolist() == torch.tensor(counts).cumsum(0).tolist()
-    gates = torch.rand(40, 3) + 1
-    earlier = {slot: sum(e == expert for e, _ in slots[:slot]) for expert, slot in slots}
-    kept = torch.tensor([[earlier[k * 40 + n] < 5 for k in range(3)] for n in range(40)])
-    assert torch.equal(kept_gates(gates, plan), gates * kept)
-
-
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("capacity", [None, 0.6])
 def test_grouped_mm_agrees_with_the_loop_over_experts_within_bfloat16(capacity, bias):
