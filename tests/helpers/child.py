@@ -14,16 +14,19 @@ from pathlib import Path
 started: list = []
 
 
-def start(arguments: list[str], log: Path, file_limit: int | None = None, environment=None):
+def start(arguments: list[str], log: Path, until_step=None, file_limit: int | None = None, environment=None):
     """Start train.py with these arguments and append its output to `log`. Returns the process.
 
-    file_limit: largest file size, in bytes. environment: variables to set.
+    until_step: wait for the console line of this step. file_limit: largest file size, in bytes. environment: variables
+    to set.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.helpers.child", "train"])
     process = context.Process(target=_run, args=(arguments, str(log), file_limit, environment or {}))
     process.start()
     started.append(process)
+    if until_step is not None:
+        wait_for_step(log, until_step)
     return process
 
 
@@ -43,6 +46,12 @@ def finish(process, seconds: float = 60) -> int:
         process.kill()
         raise AssertionError(f"not done after {seconds} s")
     return process.exitcode
+
+
+def stop(process, number: int) -> int:
+    """Send a signal. Returns the exit status."""
+    os.kill(process.pid, number)
+    return finish(process, 10)
 
 
 def run(arguments: list[str], log: Path, **options) -> int:

@@ -55,13 +55,9 @@ def write_skewed_dataset(folder):
     return folder
 
 
-def _reject(constant):
-    raise AssertionError(f"{constant} is not JSON")
-
-
 def lines(path):
     """The complete lines of a log."""
-    return [json.loads(line, parse_constant=_reject) for line in path.read_text().split("\n")[:-1]]
+    return [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().split("\n")[:-1]]
 
 
 def metrics(out, timeless=False):
@@ -75,6 +71,11 @@ def metrics(out, timeless=False):
 def steps(out):
     """The steps that metrics.jsonl has lines of."""
     return [line["step"] for line in metrics(out)]
+
+
+def val_losses(out):
+    """The validation losses in metrics.jsonl."""
+    return [line["val/loss"] for line in metrics(out) if "val/loss" in line]
 
 
 def config_of(out):

@@ -51,6 +51,18 @@ def half_run(tmp_path_factory, keys):
 
 
 @pytest.fixture
+def out(tmp_path_factory):
+    """A folder for a run, which does not exist."""
+    return tmp_path_factory.mktemp("run") / "out"
+
+
+@pytest.fixture
+def log(tmp_path):
+    """A file for the output of a process."""
+    return tmp_path / "log"
+
+
+@pytest.fixture
 def full(full_run, tmp_path):
     """A copy of `full_run`."""
     return shutil.copytree(full_run, tmp_path / "full")

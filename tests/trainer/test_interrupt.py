@@ -17,8 +17,8 @@ from trainer.runlog import RunLog
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_ends_the_step_and_saves_it_for_resume(number, full_run, keys, resume, tmp_path, monkeypatch, capsys):
-    out, done, handlers = tmp_path / "out", [], [signal.getsignal(n) for n in SIGNALS]
+def test_a_signal_ends_the_step_and_saves_it_for_resume(number, full_run, keys, resume, monkeypatch, capsys, out):
+    done, handlers = [], [signal.getsignal(n) for n in SIGNALS]
 
     def advance(log):
         done.append(1)
@@ -34,8 +34,8 @@ def test_a_signal_ends_the_step_and_saves_it_for_resume(number, full_run, keys, 
     runs.assert_same_run(out, full_run)
 
 
-def test_an_evaluation_that_a_signal_interrupts_is_done_after_resume(full_run, keys, resume, tmp_path, monkeypatch):
-    out, batches, original = tmp_path / "out", [], TokenData.batch
+def test_an_evaluation_that_a_signal_interrupts_is_done_after_resume(full_run, keys, resume, monkeypatch, out):
+    batches, original = [], TokenData.batch
 
     def batch(self, split, *rest):
         batches.append(split)
@@ -53,9 +53,9 @@ def test_an_evaluation_that_a_signal_interrupts_is_done_after_resume(full_run, k
 
 
 @pytest.mark.parametrize(("output", "number"), [("file", 15), ("pipe", signal.SIGINT), ("terminal", signal.SIGHUP)])
-def test_a_signal_saves_and_sets_the_exit_status_even_if_nobody_reads_the_output(output, number, keys, tmp_path):
+def test_a_signal_saves_and_sets_the_exit_status_even_if_nobody_reads_the_output(output, number, keys, tmp_path, out):
     """`... 2>&1 | tee log` and Ctrl-C, which ends tee first; a terminal that is closed."""
-    out, log, ends = tmp_path / "out", tmp_path / "log", []
+    log, ends = tmp_path / "log", []
     if output == "pipe":
         os.mkfifo(log)
         ends = [os.open(log, os.O_RDONLY | os.O_NONBLOCK)]
@@ -66,21 +66,19 @@ def test_a_signal_saves_and_sets_the_exit_status_even_if_nobody_reads_the_output
     child.wait_for(lambda: (out / "metrics.jsonl").exists() and len(runs.metrics(out)) > 3)
     for end in ends:
         os.close(end)
-    os.kill(process.pid, number)
-    assert child.finish(process, 10) == 128 + number
+    assert child.stop(process, number) == 128 + number
     assert runs.checkpoint(out)["iter_num"] == runs.steps(out)[-1] > 1
     if output == "file":
         text = log.read_text()
         assert "stopping after this step" in text and "--init_from=resume" in text and "Traceback" not in text
 
 
-def test_a_second_signal_stops_at_once_and_leaves_the_checkpoint_unchanged(half, keys, tmp_path):
-    log, before = tmp_path / "log", (half / "ckpt.pt").read_bytes()
-    process = child.start(keys(half, init_from="resume", **runs.LONG), log)
-    child.wait_for_step(log, 5)
-    for number in (signal.SIGSTOP, signal.SIGINT, signal.SIGTERM, signal.SIGCONT):  # both arrive in one step
+def test_a_second_signal_stops_at_once_and_leaves_the_checkpoint_unchanged(half, keys, log):
+    before = (half / "ckpt.pt").read_bytes()
+    process = child.start(keys(half, init_from="resume", **runs.LONG), log, until_step=5)
+    for number in (signal.SIGSTOP, signal.SIGINT, signal.SIGTERM):  # both arrive in one step
         os.kill(process.pid, number)
-    assert child.finish(process, 10) == 128 + signal.SIGTERM
+    assert child.stop(process, signal.SIGCONT) == 128 + signal.SIGTERM
     assert "stopped at once" in log.read_text() and "Traceback" not in log.read_text()
     assert (half / "ckpt.pt").read_bytes() == before
 
@@ -106,11 +104,9 @@ def test_an_ignored_sighup_stays_ignored_as_under_nohup():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_run_whose_parent_ends_saves_and_stops(keys, tmp_path):
-    out, log = tmp_path / "out", tmp_path / "log"
+def test_a_run_whose_parent_ends_saves_and_stops(keys, out, log):
     parent = subprocess.Popen(["sleep", "600"])  # a parent with a shell in between
-    process = child.start(keys(out, **runs.LONG), log, environment={PARENT: str(parent.pid)})
-    child.wait_for_step(log, 2)
+    process = child.start(keys(out, **runs.LONG), log, until_step=2, environment={PARENT: str(parent.pid)})
     time.sleep(0.7)  # longer than the interval of the checks
     assert "stopping" not in log.read_text()
     parent.kill()
@@ -139,20 +135,19 @@ def test_the_end_of_the_parent_is_a_sigterm_unless_a_signal_was_received(is_pare
 
 
 @pytest.mark.parametrize("value", ["x", "-1"])
-def test_a_parent_that_is_not_a_process_id_gets_one_line(value, keys, tmp_path, monkeypatch):
+def test_a_parent_that_is_not_a_process_id_gets_one_line(value, keys, monkeypatch, out):
     monkeypatch.setenv(PARENT, value)
-    assert PARENT in runs.error_of(train.main, keys(tmp_path / "out"))
+    assert PARENT in runs.error_of(train.main, keys(out))
 
 
-def test_a_second_run_in_the_folder_is_refused_while_the_first_is_alive(keys, tmp_path):
-    out, log, other = tmp_path / "out", tmp_path / "log", tmp_path / "other"
-    first = child.start(keys(out, **runs.LONG, checkpoint_interval=1), log)
-    child.wait_for_step(log, 5)
+def test_a_second_run_in_the_folder_is_refused_while_the_first_is_alive(keys, tmp_path, out, log):
+    other = tmp_path / "other"
+    first = child.start(keys(out, **runs.LONG, checkpoint_interval=1), log, until_step=5)
     assert child.run(keys(out, init_from="resume"), other) == 2
     (line,) = other.read_text().splitlines()
     assert line.startswith("error: another process is writing to") and str(first.pid) in line
-    first.kill()
-    assert child.finish(first) == -signal.SIGKILL
+    assert child.run(keys(out, init_from="resume", eval_only=True, max_iters=100_000), other) == 0
+    assert child.stop(first, signal.SIGKILL) == -signal.SIGKILL
     last = runs.steps(out)[-1] + 5
     assert child.run(keys(out, init_from="resume", max_iters=last), other) == 0
     assert runs.steps(out)[-1] == last

@@ -44,9 +44,9 @@ ALL_GROUPS = """routing: load_cv dropped js flip flip_set overlap relevance logi
         (dict(n_exp=1), metric_names([], 0)),
     ],
 )
-def test_each_step_has_one_line_with_the_documented_names(changes, names, start, tmp_path):
-    start(tmp_path / "out", **changes)
-    found = runs.metrics(tmp_path / "out")
+def test_each_step_has_one_line_with_the_documented_names(changes, names, start, out):
+    start(out, **changes)
+    found = runs.metrics(out)
     assert [line["step"] for line in found] == list(range(runs.STEPS + 1))
     assert found[0].keys() == {"step", "val/loss"}
     for line in found[1:]:
@@ -57,36 +57,28 @@ def test_the_metrics_of_a_line_agree_with_each_other(full_run):
     for line in runs.metrics(full_run)[1:]:
         assert line["tokens"] == line["step"] * TOKENS
         assert line["time/tokens_per_s"] == pytest.approx(TOKENS * 1000 / line["time/step_ms"])
-        for block in (0, 2):
-            values = [[line[f"expert/L{block}_E{e}/{n}"] for e in range(4)] for n in ("beta", "phi_slow", "load")]
-            beta, slow, load = values
-            assert line[f"beta/L{block}/mean"] == pytest.approx(sum(beta) / 4, abs=1e-9)
-            assert line[f"beta/L{block}/spread"] == pytest.approx(max(beta) - min(beta), abs=1e-9)
-            assert line[f"coherence/L{block}/phi_slow_min"] == min(slow)
-            assert line[f"coherence/L{block}/phi_slow_max"] == max(slow)
-            assert sum(load) == pytest.approx(1)
+        assert sum(value for name, value in line.items() if name.endswith("/load")) == pytest.approx(2)  # of two layers
 
 
-def test_only_logged_and_evaluated_steps_have_lines(start, tmp_path):
-    start(tmp_path / "out", log_interval=2)
-    found = runs.metrics(tmp_path / "out")
+def test_only_logged_and_evaluated_steps_have_lines(start, out):
+    start(out, log_interval=2)
+    found = runs.metrics(out)
     assert [line["step"] for line in found] == [0, 2, 3, 4, 6]
     assert [line["step"] for line in found if "val/loss" in line] == [0, 3, 6]
     assert [line["step"] for line in found if "train/loss" in line] == [2, 4, 6]
 
 
-def test_values_that_are_not_finite_are_null_in_every_file(start, tmp_path):
-    out = tmp_path / "out"
+def test_values_that_are_not_finite_are_null_in_every_file(start, out, log):
     start(out, **runs.FULL, learning_rate=1e30, min_lr=1e30, grad_clip=0)  # the weights overflow in the second step
     found = runs.metrics(out)
     assert None in [line.get("train/loss") for line in found[2:]] and found[-1]["val/loss"] is None
     for name in ("metrics.jsonl", "decisions.jsonl", "config.json"):
         assert (out / name).stat().st_size and not re.search(r"NaN|Infinity", (out / name).read_text())
-    JsonLines(tmp_path / "log", None, 0).write({"a": math.nan, "b": math.inf, "c": -math.inf, "d": None, "e": 1e300})
-    assert runs.lines(tmp_path / "log") == [{"a": None, "b": None, "c": None, "d": None, "e": 1e300}]
+    JsonLines(log, None, 0).write({"a": math.nan, "b": math.inf, "c": -math.inf, "d": None, "e": 1e300})
+    assert runs.lines(log) == [{"a": None, "b": None, "c": None, "d": None, "e": 1e300}]
 
 
-def test_step_times_exclude_evaluations_and_saving(start, tmp_path, monkeypatch):
+def test_step_times_exclude_evaluations_and_saving(start, monkeypatch, out):
     """On a clock on which a micro-batch takes a second, a validation batch 100 and copying the state 1000."""
     clock = [0.0]
 
@@ -102,13 +94,10 @@ def test_step_times_exclude_evaluations_and_saving(start, tmp_path, monkeypatch)
     slow(TokenData, "batch", lambda data, split, *rest: 1 if split == "train" else 100)
     slow(checkpointer, "copy_to_cpu", lambda value, seen=None: 1000 * (seen is None))
     monkeypatch.setattr(timer, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    start(tmp_path / "out", log_interval=2, eval_interval=3, checkpoint_interval=5)
-    times = [line["time/step_ms"] for line in runs.metrics(tmp_path / "out") if "time/step_ms" in line]
+    start(out, log_interval=2, eval_interval=3, checkpoint_interval=5)
+    times = [line["time/step_ms"] for line in runs.metrics(out) if "time/step_ms" in line]
     assert times == [2000, 2000, 2000]
     assert clock[0] == 6 * 2 + 3 * 2 * 100 + 3 * 1000
-
-
-# config.json and the console
 
 
 def test_config_json_has_every_setting_and_the_environment(full_run, dataset):
@@ -128,10 +117,10 @@ def test_config_json_has_every_setting_and_the_environment(full_run, dataset):
 @pytest.mark.parametrize(
     ("changes", "is_warned"), [(dict(top_k=1), True), (dict(top_k=1, norm_topk_prob=False), False), ({}, False)]
 )
-def test_settings_are_resolved_and_an_untrained_router_is_warned_about(changes, is_warned, start, tmp_path, capsys):
-    assert start(tmp_path / "out", max_iters=0, device="auto", dtype="auto", **changes) == 0
+def test_settings_are_resolved_and_an_untrained_router_is_warned_about(changes, is_warned, start, capsys, out):
+    assert start(out, max_iters=0, device="auto", dtype="auto", **changes) == 0
     assert ("does not train the router; set norm_topk_prob=False" in capsys.readouterr().out) == is_warned
-    found, cuda = runs.config_of(tmp_path / "out"), torch.cuda.is_available()
+    found, cuda = runs.config_of(out), torch.cuda.is_available()
     assert found["dtype"] in (("bfloat16", "float16") if cuda else ("float32",))
     assert found["device"] == ("cuda" if cuda else "cpu")
 
@@ -157,9 +146,6 @@ def test_decisions_have_a_line_for_each_candidate_that_opens_or_is_withdrawn(sta
     # the only log line is that of the last step: what is open there has the step at which it opened
     assert coarse == sorted(d for d in expected if d[1] not in withdrawn)
     assert {d["reason"] for d in found[0]} == {"low_observability"}
-
-
-# Damaged logs
 
 
 def damage_log(path, how):
@@ -201,14 +187,13 @@ def test_a_damaged_log_is_reported_and_the_run_stays_marked_as_incomplete(how, n
     assert not runs.differing_state(half, full_run, without=("incomplete", "lines"))
 
 
-@pytest.mark.parametrize("how", [None, "deleted", "missing", "damaged", "repeated"])
+@pytest.mark.parametrize("how", ["deleted", "missing", "damaged", "repeated"])
 def test_without_digests_the_lines_are_counted(how, half, resume):
     torch.save({k: v for k, v in runs.checkpoint(half).items() if k != "lines_sha256"}, half / "ckpt.pt")
-    if how:
-        damage_log(half / "metrics.jsonl", how)
+    damage_log(half / "metrics.jsonl", how)
     for length in (4, runs.STEPS):
         assert resume(half, max_iters=length) == 0
-        assert len(runs.checkpoint(half)["incomplete"]) == (how is not None)
+        assert len(runs.checkpoint(half)["incomplete"]) == 1
 
 
 def test_lines_after_the_checkpoint_are_dropped_and_mark_nothing(full_run, half, resume):
@@ -220,18 +205,9 @@ def test_lines_after_the_checkpoint_are_dropped_and_mark_nothing(full_run, half,
     assert runs.config_of(half)["incomplete"] == []
 
 
-def test_a_checkpoint_has_the_number_and_digest_of_the_lines(full_run):
-    for name in ("metrics", "decisions"):
-        content = (full_run / f"{name}.jsonl").read_bytes()
-        assert runs.checkpoint(full_run)["lines"][name] == content.count(b"\n") > 0
-        assert runs.checkpoint(full_run)["lines_sha256"][name] == hashlib.sha256(content).hexdigest()
-
-
-@pytest.mark.parametrize(
-    "damage", [{"lines_sha256": [1]}, {"lines": {"metrics": "a"}}, {"lines_sha256": {"metrics": 3}}]
-)
-def test_a_damaged_record_of_the_logs_counts_as_missing(damage, full_run, half, resume):
-    torch.save(runs.checkpoint(half) | damage, half / "ckpt.pt")
+@pytest.mark.parametrize("key, value", [("lines_sha256", [1]), ("lines", {"metrics": "a"}), ("lines_sha256", {})])
+def test_a_damaged_record_of_the_logs_counts_as_missing(key, value, full_run, half, resume):
+    torch.save(runs.checkpoint(half) | {key: value}, half / "ckpt.pt")
     assert resume(half) == 0
     runs.assert_same_run(half, full_run)
 
@@ -272,25 +248,3 @@ def test_a_history_that_neither_file_has_is_reported_as_lost(half, resume):
     assert resume(half) == 0
     assert runs.config_of(half)["incomplete"] == ["config.json: the history of the run's starts is lost"]
     assert len(runs.config_of(half)["history"]) == 1
-
-
-def test_lines_that_could_not_be_written_are_written_later_in_order(tmp_path):
-    log, space = JsonLines(tmp_path / "log", None, 0), [5]
-    file = log.file
-
-    def write(content):
-        if space[0] <= 0:
-            raise OSError(28, "No space left on device")
-        written = file.write(content[: space[0]])
-        space[0] -= written
-        return written
-
-    log.write({"step": 1})
-    log.file = SimpleNamespace(write=write, truncate=file.truncate)
-    for step in (2, 3):
-        with pytest.raises(OSError):
-            log.write({"step": step})
-    assert [line["step"] for line in runs.lines(tmp_path / "log")] == [1]
-    space[0] = 10**6
-    log.write({"step": 4})
-    assert [line["step"] for line in runs.lines(tmp_path / "log")] == [1, 2, 3, 4] and log.count == 4

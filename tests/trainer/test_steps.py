@@ -14,8 +14,8 @@ from trainer.weights import build_model
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 6])
-def test_a_run_takes_exactly_max_iters_steps_and_saves_the_last(count, start, tmp_path, monkeypatch, capsys):
-    out, drawn = tmp_path / "out", []
+def test_a_run_takes_exactly_max_iters_steps_and_saves_the_last(count, start, monkeypatch, capsys, out):
+    drawn = []
     original = TokenData.batch
 
     def batch(self, *place):
@@ -38,16 +38,16 @@ def test_a_run_takes_exactly_max_iters_steps_and_saves_the_last(count, start, tm
         assert {float(state["step"]) for state in saved["optimizer"]["state"].values()} == {count}
 
 
-def test_the_learning_rate_warms_up_decays_as_a_cosine_and_reaches_the_optimizer(start, tmp_path):
+def test_the_learning_rate_warms_up_decays_as_a_cosine_and_reaches_the_optimizer(start, out):
     s = from_arguments("--learning_rate=1 --min_lr=0.2 --warmup_iters=3 --lr_decay_iters=11".split())
     rates = [train.learning_rate(s, step) for step in range(13)]
     assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
     assert rates[3:] == pytest.approx([*(0.6 + 0.4 * math.cos(math.pi * i / 8) for i in range(9)), 0.2])
     s.decay_lr = False
     assert train.learning_rate(s, 0) == 1
-    start(tmp_path / "out", max_iters=3, lr_decay_iters=7)
-    assert [line["lr"] for line in runs.metrics(tmp_path / "out")[1:]] == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2])
-    assert runs.checkpoint(tmp_path / "out")["optimizer"]["param_groups"][0]["lr"] == pytest.approx(1e-2)
+    start(out, max_iters=3, lr_decay_iters=7)
+    assert [line["lr"] for line in runs.metrics(out)[1:]] == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2])
+    assert runs.checkpoint(out)["optimizer"]["param_groups"][0]["lr"] == pytest.approx(1e-2)
 
 
 def test_the_validation_loss_is_the_mean_over_the_fixed_batches_without_dropout(full_run, dataset):
@@ -55,23 +55,20 @@ def test_the_validation_loss_is_the_mean_over_the_fixed_batches_without_dropout(
     with torch.no_grad():
         losses = [model(*data.batch("val", EVAL_SEED, 0, i, 4))[1].item() for i in (0, 1)]
     assert abs(losses[0] - losses[1]) > 1e-4
-    assert runs.metrics(full_run)[-1]["val/loss"] == pytest.approx(sum(losses) / 2, rel=1e-6)
+    assert runs.val_losses(full_run)[-1] == pytest.approx(sum(losses) / 2, rel=1e-6)
 
 
-def test_the_best_loss_is_that_of_a_saved_step_and_survives_resume_and_nan(start, tmp_path, capsys):
-    out = tmp_path / "out"
+def test_the_best_loss_is_that_of_a_saved_step_and_survives_resume_and_nan(start, capsys, out):
     start(out, learning_rate=1.0, min_lr=1.0)  # worse than the untrained model
-    losses = [line["val/loss"] for line in runs.metrics(out) if "val/loss" in line]
+    losses = runs.val_losses(out)
     best = min(losses[1:])
     assert losses[0] < best
     assert f"best validation loss {best:.4f}" in capsys.readouterr().out
     for changes in ({}, dict(learning_rate=1e30, min_lr=1e30, grad_clip=0, eval_interval=1, max_iters=9)):
         assert start(out, **changes, init_from="resume") == 0
         assert {runs.checkpoint(out, name)["best_val_loss"] for name in ("ckpt.pt", "ckpt_best.pt")} == {best}
-    assert None in [line["val/loss"] for line in runs.metrics(out)[-3:]]
+    assert None in runs.val_losses(out)[-3:]
 
-
-# Steps that are not finite
 
 RARE = dict(eval_interval=100, log_interval=100, decay_lr=False)
 
@@ -99,8 +96,8 @@ def poison(monkeypatch):
 
 
 @pytest.mark.parametrize("where", ["loss", "transformer.h.2.mlp.experts.c_fc"])
-def test_steps_that_are_not_finite_change_neither_weights_optimizer_nor_loop(where, keys, tmp_path, poison, capsys):
-    good, out = tmp_path / "good", tmp_path / "out"
+def test_steps_that_are_not_finite_change_no_state(where, keys, tmp_path, poison, capsys, out):
+    good = tmp_path / "good"
     assert train.main(keys(good, max_iters=3, **RARE)) == 0
     poison({4, 5, 6}, where)
     assert train.main(keys(out, **RARE)) == 0
@@ -111,8 +108,7 @@ def test_steps_that_are_not_finite_change_neither_weights_optimizer_nor_loop(whe
     assert moved == {"/iter_num", "/random/0/cpu", "/chrono/coherence/step"}
 
 
-def test_skipped_steps_are_counted_per_log_line_and_over_a_resume(keys, resume, tmp_path, poison, capsys):
-    out = tmp_path / "out"
+def test_skipped_steps_are_counted_per_log_line_and_over_a_resume(keys, resume, poison, capsys, out):
     poison({2, 3, 5}, "loss")
     assert train.main(keys(out, **RARE | dict(log_interval=2, max_iters=4))) == 0
     assert resume(out, log_interval=1, max_iters=7) == 0
@@ -123,8 +119,8 @@ def test_skipped_steps_are_counted_per_log_line_and_over_a_resume(keys, resume, 
     assert [line.get("train/skipped") for line in runs.metrics(out)[1:]] == [1, 2, 3, 3, 3]
 
 
-def test_ten_skipped_steps_in_a_row_end_the_run_with_the_last_good_state(keys, resume, tmp_path, poison, capsys):
-    good, out, options = tmp_path / "good", tmp_path / "out", RARE | dict(log_interval=4)
+def test_ten_skipped_steps_in_a_row_end_the_run_with_the_last_good_state(keys, resume, tmp_path, poison, capsys, out):
+    good, options = tmp_path / "good", RARE | dict(log_interval=4)
     assert train.main(keys(good, **options, max_iters=2)) == 0
     poison(range(3, 13), "loss")
     assert train.main(keys(out, **options, max_iters=40)) == 1

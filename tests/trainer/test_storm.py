@@ -2,6 +2,7 @@
 
 import random
 import shutil
+import signal
 import time
 
 import pytest
@@ -39,8 +40,7 @@ def storm(keys, tmp_path, kills, seed):
             child.wait_for(lambda: log.exists() and "loop:" in log.read_text())
             time.sleep(draws.uniform(0, 4 * seconds / kills))
         if process.is_alive():
-            process.kill()
-            assert child.finish(process) == -9
+            assert child.stop(process, signal.SIGKILL) == -signal.SIGKILL
             done += 1
             in_saves += partial.exists()
         else:  # it ended before it was killed: start again

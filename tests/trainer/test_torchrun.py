@@ -39,8 +39,7 @@ def assert_close(a, b):
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_ranks_train_and_evaluate_as_one_process_with_the_same_micro_batches(count, ranks_keys, alone, tmp_path, capfd):
-    out, log, log_of_evaluation = tmp_path / "out", tmp_path / "log", tmp_path / "evaluation"
+def test_ranks_train_and_evaluate_as_one_process(count, ranks_keys, alone, capfd, out, log):
     assert child.run_ranks(ranks_keys(out), count, log) == [0] * count
     assert_close(alone, out)
     assert log.read_text().count("\nstep 40 ") == 1  # one rank logs
@@ -48,9 +47,9 @@ def test_ranks_train_and_evaluate_as_one_process_with_the_same_micro_batches(cou
     decisions = [[d["expert_id"] for d in runs.lines(folder / "decisions.jsonl")] for folder in (alone, out)]
     assert decisions[0] == decisions[1] and len(decisions[0]) == 8
     evaluation = ranks_keys(alone, init_from="resume", eval_only=True)
-    assert child.run_ranks(evaluation, count, log_of_evaluation) == [0] * count
+    assert child.run_ranks(evaluation, count, log) == [0] * count
     assert train.main(evaluation) == 0
-    assert log_of_evaluation.read_text().splitlines()[-1] in capfd.readouterr().out
+    assert log.read_text().splitlines()[-1] in capfd.readouterr().out
 
 
 def test_a_resumed_run_is_bit_identical_with_as_many_ranks_and_close_with_fewer(ranks_keys, alone, tmp_path):
@@ -67,19 +66,16 @@ def test_a_resumed_run_is_bit_identical_with_as_many_ranks_and_close_with_fewer(
     assert_close(alone, other)
 
 
-def test_a_signal_to_one_rank_saves_and_stops_all(ranks_keys, tmp_path):
-    out, log = tmp_path / "out", tmp_path / "log"
+def test_a_signal_to_one_rank_saves_and_stops_all(ranks_keys, out, log):
     processes = child.start_ranks(ranks_keys(out, **runs.LONG), 2, log)
     child.wait_for_step(log, 5)
-    os.kill(processes[1].pid, signal.SIGTERM)
-    assert [child.finish(process, 20) for process in processes] == [128 + signal.SIGTERM] * 2
+    assert child.stop(processes[1], signal.SIGTERM) == child.finish(processes[0]) == 128 + signal.SIGTERM
     assert "stopped at step" in log.read_text() and "--init_from=resume" in log.read_text()
     assert runs.checkpoint(out)["iter_num"] == runs.steps(out)[-1] > 4
 
 
-def test_a_rank_that_is_killed_ends_the_others_with_one_line(ranks_keys, tmp_path):
-    log = tmp_path / "log"
-    processes = child.start_ranks(ranks_keys(tmp_path / "out", **runs.LONG), 2, log)
+def test_a_rank_that_is_killed_ends_the_others_with_one_line(ranks_keys, out, log):
+    processes = child.start_ranks(ranks_keys(out, **runs.LONG), 2, log)
     child.wait_for_step(log, 5)
     processes[1].kill()
     assert child.finish(processes[0], 30) == 2
@@ -94,29 +90,24 @@ def test_a_rank_that_is_killed_ends_the_others_with_one_line(ranks_keys, tmp_pat
         (dict(dataset="no_such_data"), "no folder"),
     ],
 )
-def test_an_error_of_a_user_is_reported_and_ends_all_ranks(changes, expected, ranks_keys, tmp_path):
-    log = tmp_path / "log"
-    assert child.run_ranks(ranks_keys(tmp_path / "out", **changes), 2, log) == [2, 2]
+def test_an_error_of_a_user_is_reported_and_ends_all_ranks(changes, expected, ranks_keys, out, log):
+    assert child.run_ranks(ranks_keys(out, **changes), 2, log) == [2, 2]
     errors = log.read_text().splitlines()
     assert any(line.startswith("error: ") and expected in line for line in errors), errors
     assert not any("Traceback" in line for line in errors)
-    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+    assert not (out / "metrics.jsonl").exists()
 
 
-def test_a_missing_rank_or_half_of_torchruns_environment_gets_one_line(ranks_keys, tmp_path, monkeypatch):
+def test_a_missing_rank_or_half_of_torchruns_environment_gets_one_line(ranks_keys, monkeypatch, out):
     monkeypatch.setattr(distributed, "TIMEOUT", distributed.datetime.timedelta(seconds=1))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "torchrun" in runs.error_of(train.main, ranks_keys(tmp_path / "out"))
+    assert "torchrun" in runs.error_of(train.main, ranks_keys(out))
     for name, value in dict(RANK=0, LOCAL_RANK=0, MASTER_ADDR="localhost", MASTER_PORT=29517).items():
         monkeypatch.setenv(name, str(value))
-    assert "rank 0 of 2 could not join the others" in runs.error_of(train.main, ranks_keys(tmp_path / "out"))
+    assert "rank 0 of 2 could not join the others" in runs.error_of(train.main, ranks_keys(out))
 
 
-# Restarts by torchrun
-
-
-def test_torchruns_restart_continues_from_the_checkpoint(ranks_keys, alone, tmp_path):
-    out, log = tmp_path / "out", tmp_path / "log"
+def test_torchruns_restart_continues_from_the_checkpoint(ranks_keys, alone, out, log):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=2"]
     command = [*torchrun, "--monitor-interval=0.1", "train.py", *ranks_keys(out, checkpoint_interval=5)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -132,10 +123,10 @@ def test_torchruns_restart_continues_from_the_checkpoint(ranks_keys, alone, tmp_
     assert len(history) == 2 and history[1]["step"] >= 5
 
 
-def test_a_restart_before_the_first_checkpoint_starts_from_the_same_weights_and_only_in_its_own_folder(
-    ranks_keys, alone, tmp_path, monkeypatch, capsys
+def test_a_restart_starts_again_from_the_same_weights_in_its_own_folder_only(
+    ranks_keys, alone, monkeypatch, capsys, out
 ):
-    out, before = tmp_path / "out", runs.snapshot(alone)
+    before = runs.snapshot(alone)
     command = ranks_keys(out, init_from=alone, max_iters=2, learning_rate=0, min_lr=0)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a job")
     assert train.main(command) == 0

@@ -17,12 +17,6 @@ from trainer.settings import from_arguments
 
 
 @pytest.fixture
-def out(tmp_path_factory):
-    """A folder without "wandb" in its path, which tests look for in the output."""
-    return tmp_path_factory.mktemp("run") / "out"
-
-
-@pytest.fixture
 def wandb(tmp_path, monkeypatch):
     """W&B as on a machine without a login, with fresh settings."""
     wandb = pytest.importorskip("wandb")
@@ -117,57 +111,30 @@ def test_runs_with_beta_on_and_off_share_a_group_and_differ_in_job_type():
     assert on["job_type"] == other_seed["job_type"] != off["job_type"]
 
 
-# W&B's own process
+SLOW = pytest.mark.slow
+FAULTS = {
+    "it dies": (lambda server: os.kill(server, signal.SIGKILL), "could not log .*; continuing without it"),
+    "its disk is full": (
+        lambda server: child.set_file_limit(server, 20_000),
+        "is incomplete .file too large",
+    ),
+    "it hangs": (lambda server: os.kill(server, signal.SIGSTOP), "could not finish .*wandb sync"),
+}
 
 
-@pytest.fixture
-def with_server(keys, tmp_path):
-    """Start a run that logs to W&B offline. Returns its process, the id of W&B's process, its folder and its output."""
-    servers = []
-
-    def start(**changes):
-        out, log = tmp_path / "out", tmp_path / "log"
-        command = keys(out, wandb_log=True, eval_interval=100_000, **changes)
-        process = child.start(command, log, environment={"WANDB_MODE": "offline", "HOME": str(tmp_path)})
-        child.wait_for_step(log, 2)
-        servers.append(int(subprocess.check_output(["pgrep", "-P", str(process.pid), "wandb-core"])))
-        return process, servers[0], out, log
-
-    yield start
-    for server in servers:
+@pytest.mark.parametrize("fault", ["it dies", *(pytest.param(f, marks=SLOW) for f in ("its disk is full", "it hangs"))])
+def test_a_fault_of_its_process_is_reported_once_and_training_continues(fault, keys, out, log, tmp_path):
+    (plant, expected), is_stopped = FAULTS[fault], fault == "it hangs"
+    command = keys(out, wandb_log=True, eval_interval=100_000, max_iters=100_000 if is_stopped else 100)
+    process = child.start(command, log, 2, environment={"WANDB_MODE": "offline", "HOME": str(tmp_path)})
+    server = int(subprocess.check_output(["pgrep", "-P", str(process.pid), "wandb-core"]))
+    try:
+        plant(server)
+        status = child.stop(process, signal.SIGTERM) if is_stopped else child.finish(process)
+    finally:
         with contextlib.suppress(OSError):
             os.kill(server, signal.SIGKILL)
-
-
-def reports(log):
-    return [line for line in log.read_text().splitlines() if line.startswith("W&B") or "Traceback" in line]
-
-
-def test_when_its_process_dies_training_continues(with_server):
-    process, server, out, log = with_server(max_iters=100)
-    os.kill(server, signal.SIGKILL)
-    assert child.finish(process) == 0
-    first, failure = reports(log)
-    assert "offline" in first and "could not log" in failure and "continuing without it" in failure
-    assert runs.steps(out)[-1] == 100
-
-
-@pytest.mark.slow
-def test_a_full_disk_in_its_folder_is_reported_once_and_training_continues(with_server):
-    process, server, out, log = with_server(max_iters=100)
-    child.set_file_limit(server, 20_000)
-    assert child.finish(process) == 0
-    first, failure = reports(log)
-    assert "offline" in first and "is incomplete (file too large); metrics.jsonl is complete" in failure
-    assert runs.steps(out)[-1] == 100
-
-
-@pytest.mark.slow
-def test_a_process_that_hangs_does_not_delay_a_run_that_a_signal_stops(with_server):
-    process, server, out, log = with_server(max_iters=100_000)
-    os.kill(server, signal.SIGSTOP)
-    os.kill(process.pid, signal.SIGTERM)
-    assert child.finish(process, 10) == 128 + signal.SIGTERM
-    _, failure = reports(log)
-    assert "could not finish" in failure and "wandb sync" in failure
-    assert runs.checkpoint(out)["iter_num"] == runs.steps(out)[-1]
+    assert status == (128 + signal.SIGTERM if is_stopped else 0)
+    first, failure = (line for line in log.read_text().splitlines() if line.startswith("W&B") or "Traceback" in line)
+    assert "offline" in first and re.search(expected, failure)
+    assert runs.checkpoint(out)["iter_num"] == runs.steps(out)[-1] and (is_stopped or runs.steps(out)[-1] == 100)

@@ -40,20 +40,9 @@ def moe(tmp_path_factory, start):
     return out
 
 
-def first_loss(out):
-    return runs.metrics(out)[0]["val/loss"]
-
-
-def last_loss(out):
-    return runs.metrics(out)[-1]["val/loss"]
-
-
-# Another run's weights
-
-
 @pytest.mark.parametrize("as_folder", [True, False])
-def test_a_new_run_starts_from_a_runs_weights_with_a_fresh_loop(as_folder, moe, begin, tmp_path, capsys):
-    source, out = moe if as_folder else moe / "ckpt.pt", tmp_path / "out"
+def test_a_new_run_starts_from_a_runs_weights_with_a_fresh_loop(as_folder, moe, begin, capsys, out):
+    source = moe if as_folder else moe / "ckpt.pt"
     assert begin(out, source, max_iters=1, learning_rate=0, min_lr=0, **runs.ALL_ON) == 0
     assert f"weights: beta starts at 0, not at that of {source}" in capsys.readouterr().out
     before, after = runs.checkpoint(moe), runs.checkpoint(out)
@@ -67,10 +56,10 @@ def test_a_new_run_starts_from_a_runs_weights_with_a_fresh_loop(as_folder, moe, 
     assert runs.steps(out) == [0, 1]
 
 
-def test_the_context_can_be_shorter_and_no_other_shape_can_differ(moe, begin, tmp_path):
+def test_the_context_can_be_shorter_and_no_other_shape_can_differ(moe, begin, tmp_path, out):
     assert begin(tmp_path / "short", moe, block_size=8) == 0
     for key, value in dict(n_embd=32, n_layer=2, block_size=64, n_exp=8, bias=True).items():
-        message = runs.error_of(begin, tmp_path / "out", moe, **{key: value})
+        message = runs.error_of(begin, out, moe, **{key: value})
         assert message.startswith(f"{key}={value}, but the weights of")
 
 
@@ -89,7 +78,9 @@ def test_the_settings_of_the_model_are_those_of_its_weights_unless_others_are_gi
     source, same, other, to_experts = (tmp_path / name for name in ("source", "same", "other", "to_experts"))
     assert start(source, **OTHER, max_iters=1) == 0
     begin(same, source)
-    assert settings_of(same, OTHER) == OTHER and first_loss(same) == pytest.approx(last_loss(source), rel=1e-6)
+    assert settings_of(same, OTHER) == OTHER and runs.val_losses(same)[0] == pytest.approx(
+        runs.val_losses(source)[-1], rel=1e-6
+    )
     given = dict(top_k=1, dropout=0.0, eval_capacity=None)
     begin(other, source, **given)
     assert settings_of(other, OTHER) == OTHER | given
@@ -105,47 +96,45 @@ def test_evaluation_only_of_a_path_uses_the_checkpoints_loop_and_writes_nothing(
         assert begin(tmp_path / "no_run", init_from, eval_only=True, **changes) == 0
         return float(re.search(rf"validation loss of {moe}: ([0-9.]+) nats", capsys.readouterr().out)[1])
 
-    expected = last_loss(moe)
+    expected = runs.val_losses(moe)[-1]
     assert evaluated(moe) == pytest.approx(expected, abs=1e-4) == evaluated(f"auto:{moe}")
     assert abs(evaluated(moe, **dict.fromkeys(runs.ALL_ON, False)) - expected) > 3e-4
     assert abs(evaluated(moe, chrono_k_max=0.1) - expected) > 3e-4
     assert not (tmp_path / "no_run").exists()
 
 
-def test_nanomoes_weights_start_a_run_with_their_settings(start, begin, tmp_path):
+def test_nanomoes_weights_start_a_run_with_their_settings(start, begin, tmp_path, out):
     args = torch.load(runs.NANOMOE, weights_only=True)["model_args"]
     data = runs.write_dataset(tmp_path / "data", args.pop("vocab_size"))
-    assert begin(tmp_path / "out", runs.NANOMOE, dataset=data, max_iters=1, **runs.ALL_ON) == 0
-    assert settings_of(tmp_path / "out", args) == args
-    assert runs.checkpoint(tmp_path / "out")["model_args"].items() >= args.items()
+    assert begin(out, runs.NANOMOE, dataset=data, max_iters=1, **runs.ALL_ON) == 0
+    assert settings_of(out, args) == args
+    assert runs.checkpoint(out)["model_args"].items() >= args.items()
 
 
-def test_weights_that_lack_a_tensor_get_one_line(moe, begin, tmp_path):
+def test_weights_that_lack_a_tensor_get_one_line(moe, begin, tmp_path, out):
     saved = runs.checkpoint(moe)
     del saved["model"]["transformer.h.0.ln_1.weight"]
     torch.save(saved, tmp_path / "bad.pt")
-    assert "it lacks transformer.h.0.ln_1.weight" in runs.error_of(begin, tmp_path / "out", tmp_path / "bad.pt")
+    assert "it lacks transformer.h.0.ln_1.weight" in runs.error_of(begin, out, tmp_path / "bad.pt")
 
 
-def test_data_without_a_meta_file_have_the_vocabulary_of_the_weights(moe, begin, tmp_path):
+def test_data_without_a_meta_file_have_the_vocabulary_of_the_weights(moe, begin, tmp_path, out):
     data = runs.write_dataset(tmp_path / "data", runs.VOCAB)
     (data / "meta.json").unlink()
-    assert begin(tmp_path / "out", moe, dataset=data, max_iters=1) == 0
-    assert runs.checkpoint(tmp_path / "out")["model_args"]["vocab_size"] == runs.VOCAB
+    assert begin(out, moe, dataset=data, max_iters=1) == 0
+    assert runs.checkpoint(out)["model_args"]["vocab_size"] == runs.VOCAB
     tokens = np.fromfile(data / "val.bin", dtype=np.uint16)
     tokens[-1] = runs.VOCAB
     tokens.tofile(data / "val.bin")
     assert f"token id {runs.VOCAB}" in runs.error_of(begin, tmp_path / "other", moe, dataset=data)
 
 
-# Dense MLPs that become experts
-
-
 @pytest.mark.parametrize("options", [dict(), dict(top_k=1), dict(n_exp=8, stride=1, **runs.ALL_ON)])
-def test_an_upcycled_model_computes_what_the_dense_one_does(options, dense, begin, tmp_path, capsys):
-    assert begin(tmp_path / "out", dense, **dict(n_exp=4) | options) == 0
-    assert "dense MLPs became" in capsys.readouterr().out
-    assert first_loss(tmp_path / "out") == pytest.approx(last_loss(dense), rel=1e-6)
+def test_upcycled_experts_compute_what_the_dense_model_does_and_are_trained_apart(options, dense, begin, out):
+    assert begin(out, dense, max_iters=3, **dict(n_exp=4) | options) == 0
+    assert runs.val_losses(out)[0] == pytest.approx(runs.val_losses(dense)[-1], rel=1e-6)
+    experts = runs.checkpoint(out)["model"]["transformer.h.0.mlp.experts.c_fc"]
+    assert (experts != experts[:1]).any()
 
 
 def test_upcycling_copies_weights_and_biases_to_every_expert_and_crops_positions():
@@ -166,15 +155,6 @@ def test_upcycling_copies_weights_and_biases_to_every_expert_and_crops_positions
         assert torch.equal(mlp.experts.proj_bias[e, 0], source["transformer.h.0.mlp.c_proj.bias"])
     assert torch.equal(moe.transformer.wpe.weight, source["transformer.wpe.weight"][:5])
     assert all(torch.equal(value, router[name]) for name, value in mlp.router.state_dict().items())
-
-
-def test_upcycled_experts_are_trained_apart(dense, begin, tmp_path):
-    assert begin(tmp_path / "out", dense, max_iters=3, n_exp=4) == 0
-    experts = runs.checkpoint(tmp_path / "out")["model"]["transformer.h.0.mlp.experts.c_fc"]
-    assert not torch.equal(experts[0], experts[1])
-
-
-# The record of where weights came from
 
 
 def test_the_digest_of_weights_depends_on_names_shapes_dtypes_and_bytes():
@@ -225,9 +205,6 @@ def test_auto_starts_from_its_source_or_from_scratch_only_without_a_checkpoint(s
         assert origin(tmp_path / name) == (None, None) and runs.steps(tmp_path / name)[-1] == length
 
 
-# GPT-2
-
-
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory):
     """(folder, model): a small GPT-2 as transformers saves it."""
@@ -249,11 +226,11 @@ def test_gpt2s_weights_compute_what_transformers_computes_dense_or_upcycled(gpt2
         torch.testing.assert_close(logits, theirs(idx).logits, rtol=1e-4, atol=1e-5)
     assert begin(tmp_path / "dense", folder, block_size=16) == 0
     assert begin(tmp_path / "moe", folder, block_size=16, max_iters=2, n_exp=4, stride=1) == 0
-    assert first_loss(tmp_path / "moe") == pytest.approx(first_loss(tmp_path / "dense"), rel=1e-6)
+    assert runs.val_losses(tmp_path / "moe")[0] == pytest.approx(runs.val_losses(tmp_path / "dense")[0], rel=1e-6)
     assert runs.config_of(tmp_path / "moe")["bias"] is True
 
 
-def test_gpt2_without_a_network_or_without_transformers_gets_one_line(begin, tmp_path, monkeypatch):
+def test_gpt2_without_a_network_or_without_transformers_gets_one_line(begin, tmp_path, monkeypatch, out):
     pytest.importorskip("transformers")
     import huggingface_hub.constants
 
@@ -261,7 +238,7 @@ def test_gpt2_without_a_network_or_without_transformers_gets_one_line(begin, tmp
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
     monkeypatch.setattr(weights, "HUB", "localhost")
-    message = runs.error_of(begin, tmp_path / "out", "gpt2")
+    message = runs.error_of(begin, out, "gpt2")
     assert "cannot be loaded" in message and "save_pretrained" in message
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert "pip install transformers" in runs.error_of(find_weights, "gpt2")
