@@ -92,27 +92,27 @@ def main(arguments: list[str]) -> int:
     device = select_device(options.device)
     began = time.time()
     facts = machine(device) | {"command": "python bench.py " + shlex.join(arguments)}
-    report.say("; ".join(f"{name} {value}" for name, value in facts.items()))
+    report.info("; ".join(f"{name} {value}" for name, value in facts.items()))
     for part in parts or [*PARTS, *(["profile"] if device.type == "cpu" and not options.quick else [])]:
         if part == "profile":
-            profile.measure(report, effort, options.against)
+            profile.measure(report, effort, options.quick, options.against)
         else:
             PARTS[part](report, device, effort, options.quick)
-    report.say(f"\n{time.time() - began:.0f} s")
+    report.info(f"\n{time.time() - began:.0f} s")
     if options.json:
         print(json.dumps(facts | {"tables": report.tables}, indent=1))
     return 0
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    """What ran this, for the figures' sake."""
+    """The machine and the versions that the numbers come from."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({cpu_name()})"
-    around = describe_environment()
+    environment = describe_environment()
     return {
         "device": name,
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
-        "git": str(around.get("git_commit", "")),
+        "git": str(environment.get("git_commit", "")),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
 

@@ -18,8 +18,10 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from chronomoe.options import option, options_of, same_option
 from trainer import cli
@@ -31,10 +33,9 @@ from trainer.lock import folder_lock
 from trainer.settings import Settings
 
 try:
-    from comparison import report, sweep, wandb_runs
-    from comparison.analysis import FIRST, conclusion, margin_of
-    from comparison.runs import expand, group_into_arms, load_run, load_runs
-    from comparison.statistics import MOST_PAIRS, pairs_needed
+    from comparison import planning, report, sweep, wandb_runs
+    from comparison.analysis import conclusion
+    from comparison.runs import Run, expand, group_into_arms, load_run, load_runs, lost_seeds
 except ModuleNotFoundError as e:
     sys.exit(f"error: comparing needs {e.name}: pip install -r requirements-compare.txt")
 
@@ -61,14 +62,14 @@ def main(arguments: list[str]) -> int:
     folders = [Path(a) for a in line.arguments if not a.endswith(".py")]
     configs = [a for a in line.arguments if a.endswith(".py")]
     given = [*configs, *(f"--{name}" for name in line.options)]
-    wandb_log, failed = line.options.get("wandb_log", False), []
+    wandb_log, has_failed = line.options.get("wandb_log", False), False
     if own.plan:
         other = [a for a in given if a not in ("--plan", "--margin")]
         if other:
             raise UserError(f"{other[0]}: --plan takes folders of runs and --margin")
         if own.margin is None and "margin" in line.options:
             raise UserError("--plan: margin=None must be a number above 0")
-        print(planned(folders, own.margin))
+        print(planning.plan(folders, own.margin))
         return 0
     if own.wandb is not None:
         sources, load, out = wandb_runs.fetch(own.wandb), wandb_runs.load, Path("out") / "wandb_comparison"
@@ -82,62 +83,51 @@ def main(arguments: list[str]) -> int:
         settings = setting.from_arguments([*passed_on, "--arm="])
         arms, jobs = own.arms.split(","), own.jobs or os.cpu_count() or 1
         out, wandb_log = Path(own.out_dir or settings.out_dir), settings.wandb_log
-        with Interrupt() as interrupt, folder_lock(out):
-            study = sweep.plan(passed_on, out, arms, own.seeds)
-            print(f"{len(study)} runs: {', '.join(arms)}, {own.seeds} seeds; {jobs} at a time, in {out}")
-            failed = sweep.train_all(study, jobs, interrupt)
-        if interrupt.received:
-            return interrupt.exit_status
-        sources, load = study, sweep.load
+        study, failed, signal_status = train_study(passed_on, out, arms, own.seeds, jobs)
+        if signal_status:
+            return signal_status
+        sources, load, has_failed = study, sweep.load, bool(failed)
+    out = Path(own.out_dir or out)
+    write_report(sources, load, out, shlex.join(["python", "compare.py", *arguments]), wandb_log)
+    return 1 if has_failed else 0
 
+
+def train_study(
+    arguments: list[str], out: Path, arms: list[str], seeds: int, jobs: int
+) -> tuple[list[sweep.Job], list[sweep.Job], int]:
+    """Train the unfinished runs of a study, `jobs` at a time. Returns (all jobs, failed jobs, exit status of a signal).
+
+    arguments: of train.py. Raises UserError as `sweep.plan`.
+    """
+    with Interrupt() as interrupt, folder_lock(out):
+        study = sweep.plan(arguments, out, arms, seeds)
+        print(f"{len(study)} runs: {', '.join(arms)}, {seeds} seeds; {jobs} at a time, in {out}")
+        failed = sweep.train_all(study, jobs, interrupt)
+    return study, failed, interrupt.exit_status
+
+
+def write_report(
+    sources: Iterable[Any], load: Callable[[Any], Run], out: Path, command: str, wandb_log: bool
+) -> report.Comparison:
+    """Compare the runs that `load` makes of the sources, write the report into `out` and print the verdicts.
+
+    Raises UserError if fewer than two runs can be compared, or if the report cannot be written.
+    """
     runs, unusable = load_runs(sources, load)
     left_out = [str(e) for e in unusable]
     if len(runs) < 2:
-        raise UserError("; ".join(left_out) or "one run: comparing takes two")
-    arms_found, differing, doubles = group_into_arms(runs)
-    lost: dict[str, set[str]] = {}  # seeds by arm; a run of an unknown arm may be of any
-    for e in (e for e in unusable if e.is_run):
-        for arm in [e.arm] if e.arm else arms_found:
-            if e.seed is None or e.seed not in arms_found.get(arm, {}):
-                lost.setdefault(arm, set()).add("unknown" if e.seed is None else str(e.seed))
-    out = Path(own.out_dir or out)
-    command = shlex.join(["python", "compare.py", *arguments])
-    comparison = report.compare(arms_found, differing, left_out + doubles, lost, command, out)
-    drawn = report.write(out, comparison)
+        raise UserError("; ".join(left_out) or "a comparison needs at least two runs, and there is one")
+    arms, differing, left_out_of_arms = group_into_arms(runs)
+    lost = lost_seeds(unusable, arms)
+    comparison = report.compare(arms, differing, left_out + left_out_of_arms, lost, command, out)
+    figures = report.write(out, comparison)
     if wandb_log:
-        wandb_runs.log(out, comparison, drawn)
-    print("\n".join([conclusion(comparison.analysis), *(f"- {s}" for s in comparison.sentences)]))
+        wandb_runs.log(out, comparison, figures)
+    print("\n".join([conclusion(comparison.analysis), *(f"- {sentence}" for sentence in comparison.sentences)]))
     for reason in comparison.left_out:
         print(f"left out: {reason}")
     print(f"the report is {out / 'report.html'} (and report.md); its numbers are in {out / 'comparison.json'}")
-    return 1 if failed else 0
-
-
-def planned(folders: list[Path], margin: float | None) -> str:
-    """How many pairs decide about a margin, by the spread of a pilot's pairs. Raises UserError if it has too few."""
-    runs, unusable = load_runs(expand(folders))
-    left_out = [str(e) for e in unusable]
-    arms = group_into_arms(runs)[0] if runs else {}
-    if not all(arm in arms for arm in FIRST):
-        raise UserError("; ".join(left_out) or "--plan needs folders with pairs of runs, beta on and off")
-    if margin is None:
-        margin = margin_of(arms, *FIRST)
-        if margin is None:
-            raise UserError("--plan needs --margin=NATS: the runs declare none")
-    analysis = report.analyse(arms)
-    row = analysis.row(FIRST)
-    if row is None:
-        raise UserError("--plan needs two pairs of runs or more, beta on and off, with the same seeds")
-    c = row.contrast
-    needed = (pairs_needed(sd, margin) for sd in (c.sd, *c.sd_interval))
-    n, low, high = (f"over {MOST_PAIRS}" if pairs is None else str(pairs) for pairs in needed)
-    lines = [
-        f"{c.n} pairs of 'on' and 'off' differ with a standard deviation of {c.sd:.4f} nats "
-        f"(95% interval {c.sd_interval[0]:.4f} to {c.sd_interval[1]:.4f})",
-        f"{n} pairs ({low} to {high}) decide about a margin of {margin:g} nats: in 80% of studies they exclude "
-        "effects as large if there is none, and find one as large if there is",
-    ]
-    return "\n".join([*analysis.warnings, *lines, *(f"left out: {reason}" for reason in left_out)])
+    return comparison
 
 
 def read_options(arguments: list[str]) -> tuple[Options, cli.CommandLine]:

@@ -1,4 +1,4 @@
-"""The MoE layer, forward and backward, router and statistics included, against a dense MLP and one-hot dispatch."""
+"""Time the MoE layer, forward and backward, with router and statistics; a dense MLP; and one-hot dispatch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmark import one_hot
-from benchmark.timing import Effort, Report, autocast, in_turns
+from benchmark.timing import Effort, Report, autocast, time_in_turns
 from chronomoe import ChronoConfig, RouterBias, collect_trace
 from model import MLP, GPTConfig, MOELayer
 
@@ -26,11 +26,11 @@ PAIRS = [
 ]
 ROOT = Path(__file__).parent.parent
 PROCESSES = 3
-MOST_BYTES = 4 << 30  # one-hot dispatch is left out where a single tensor of it is larger
+MAX_BYTES = 4 << 30  # one-hot dispatch is left out if one of its tensors is larger
 
 
 def measure(report: Report, device: torch.device, effort: Effort, quick: bool) -> None:
-    """Vary one of tokens, width, experts, top_k at a time, around N=4096, E=8, K=2 at D=128 and D=384."""
+    """Vary tokens, width, experts and top_k, one at a time, around N=4096, E=8, K=2 at D=128 and D=384."""
     if quick:
         shapes = [(1024, 128, 8, 2), (1024, 128, 64, 2)]
     elif device.type == "cuda":
@@ -45,30 +45,30 @@ def measure(report: Report, device: torch.device, effort: Effort, quick: bool) -
         if quick:
             answers = [timed(shape, device, effort)]
         else:
-            a_third = Effort(effort.seconds / PROCESSES, 4, effort.most)
-            answers = [in_a_process(shape, device, a_third) for _ in range(PROCESSES)]
+            part = Effort(effort.seconds / PROCESSES, 4, effort.most)
+            answers = [timed_in_process(shape, device, part) for _ in range(PROCESSES)]
         skew = answers[0]["skew"]
-        title = (
-            f"MoE layer, forward and backward: N={N}, D={D}, E={E}, K={K}; skewed: an expert has {skew:.1f} x the mean"
-        )
-        report.compare("layer", title, [answer["times"] for answer in answers], PAIRS, N=N, D=D, E=E, K=K, skew=skew)
+        title = f"MoE layer, forward and backward: N={N}, D={D}, E={E}, K={K}"
+        title += f"; skewed: the largest expert has {skew:.1f} times the mean load"
+        report.comparison("layer", title, [answer["times"] for answer in answers], PAIRS, N=N, D=D, E=E, K=K, skew=skew)
 
 
 def timed(shape: tuple[int, int, int, int], device: torch.device, effort: Effort) -> dict:
+    """Time the competitors of a shape (N, D, E, K) in this process."""
     work, skew = competitors(*shape, device)
-    return {"times": in_turns(work, device, effort), "skew": skew}
+    return {"times": time_in_turns(work, device, effort), "skew": skew}
 
 
-def in_a_process(shape: tuple[int, int, int, int], device: torch.device, effort: Effort) -> dict:
-    asked = json.dumps([shape, str(device), asdict(effort)])
-    command = [sys.executable, "-m", "benchmark.layer", asked]
+def timed_in_process(shape: tuple[int, int, int, int], device: torch.device, effort: Effort) -> dict:
+    """The same in a process of its own."""
+    command = [sys.executable, "-m", "benchmark.layer", json.dumps([shape, str(device), asdict(effort)])]
     return json.loads(subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
 def competitors(N: int, D: int, E: int, K: int, device: torch.device) -> tuple[dict[str, Callable[[], None]], float]:
-    """What is timed, by name, the dense MLP first; and the largest expert's share of the skewed load, over the mean.
+    """The competitors by name, the dense MLP first, and the largest load over the mean load of the skewed one.
 
-    The dense MLP does the same multiplications: it takes K times the tokens.
+    The dense MLP has K times the tokens, so it does as many multiplications.
     """
     config = GPTConfig(n_embd=D, n_head=1, n_exp=E, top_k=K, bias=False, chrono=ALL_ON)
     generator = torch.Generator().manual_seed(0)
@@ -90,9 +90,9 @@ def competitors(N: int, D: int, E: int, K: int, device: torch.device) -> tuple[d
         load = moe.router(x[0], uneven).tokens_per_expert
     zeros = (torch.zeros((), device=device),) * 3
 
-    def through(module: nn.Module, source: Tensor, grad: Tensor, forward: Callable[[], Tensor]) -> Callable[[], None]:
+    def both_passes(module: nn.Module, x: Tensor, grad: Tensor, forward: Callable[[], Tensor]) -> Callable[[], None]:
         def work() -> None:
-            for p in (source, *module.parameters()):
+            for p in (x, *module.parameters()):
                 p.grad = None
             with autocast(device):
                 y = forward()
@@ -106,26 +106,26 @@ def competitors(N: int, D: int, E: int, K: int, device: torch.device) -> tuple[d
         return y
 
     work = {
-        "dense MLP": through(dense, many, grad_of_many, lambda: dense(many)),
-        "MoE layer, balanced": through(moe, x, grad, lambda: chrono(even)),
-        "MoE layer, skewed": through(moe, x, grad, lambda: chrono(uneven)),
-        "MoE layer, balanced, logged": through(moe, x, grad, lambda: chrono(even, logged=True)),
+        "dense MLP": both_passes(dense, many, grad_of_many, lambda: dense(many)),
+        "MoE layer, balanced": both_passes(moe, x, grad, lambda: chrono(even)),
+        "MoE layer, skewed": both_passes(moe, x, grad, lambda: chrono(uneven)),
+        "MoE layer, balanced, logged": both_passes(moe, x, grad, lambda: chrono(even, logged=True)),
     }
-    if one_hot.bytes_of_largest(N, E, K) <= MOST_BYTES:
-        work["one-hot dispatch"] = through(moe, x, grad, lambda: one_hot.forward(moe, x, even, False)[0])
-    for how in ("eager", "grouped_mm"):
-        if (block := mixtral(D, E, K, how, generator)) is not None:
-            # autocast does not reach its grouped_mm
+    if one_hot.bytes_of_largest(N, E, K) <= MAX_BYTES:
+        work["one-hot dispatch"] = both_passes(moe, x, grad, lambda: one_hot.forward(moe, x, even, False)[0])
+    for implementation in ("eager", "grouped_mm"):
+        if (block := mixtral(D, E, K, implementation, generator)) is not None:
+            # autocast does not cover its grouped_mm
             block = block.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-            work[f"transformers, {how}"] = through(block, x, grad, lambda block=block: block(x))
+            work[f"transformers, {implementation}"] = both_passes(block, x, grad, lambda block=block: block(x))
     return work, (load.max() / load.mean()).item()
 
 
-def mixtral(D: int, E: int, K: int, how: str, generator: torch.Generator) -> nn.Module | None:
-    """Mixtral's layer as Hugging Face transformers has it, of (nearly) the same multiplications, if it is installed.
+def mixtral(D: int, E: int, K: int, implementation: str, generator: torch.Generator) -> nn.Module | None:
+    """The Mixtral layer of Hugging Face transformers with nearly as many multiplications; None if not installed.
 
-    Its gated experts take three products, and so are 8 / 3 D wide, rounded to a multiple of 8, in the place of 4 D. It
-    has no capacity, gathers no statistics, and routes by its own softmax.
+    Its gated experts have three products, so their width is 8 / 3 D, rounded to a multiple of 8, instead of 4 D. It has
+    no capacity and no statistics, and its router applies softmax before top-k.
     """
     try:
         from transformers import MixtralConfig
@@ -134,8 +134,9 @@ def mixtral(D: int, E: int, K: int, how: str, generator: torch.Generator) -> nn.
         return None
     width = round(D / 3) * 8
     config = MixtralConfig(
-        hidden_size=D, intermediate_size=width, num_local_experts=E, num_experts_per_tok=K, experts_implementation=how
-    )
+        hidden_size=D, intermediate_size=width, num_local_experts=E, num_experts_per_tok=K,
+        experts_implementation=implementation,
+    )  # fmt: skip
     block = MixtralSparseMoeBlock(config)
     with torch.no_grad():
         for p in block.parameters():

@@ -1,4 +1,4 @@
-"""Peak memory, each case in a process of its own."""
+"""Measure peak memory, each case in a process of its own."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CASES = ("all steps off", "all steps on", "one-hot dispatch")
 
 
 def measure(report: Report, device: torch.device, effort: Effort, quick: bool) -> None:
-    """What forward and backward take over what is there before, at N=12288 tokens of the slice's width."""
+    """Additional memory of forward and backward, at N=12288 tokens of the slice's width."""
     tokens = 1024 if quick else 12288
     for kind, names in {"layer": tuple(LAYER), "step": CASES}.items():
         lines = []
@@ -34,37 +34,37 @@ def measure(report: Report, device: torch.device, effort: Effort, quick: bool) -
         first = lines[-1][1]
         lines += [(f"{name} / one-hot", value / first, "") for name, value, _ in lines[:-1]]
         what = "MoE layer" if kind == "layer" else "training step of the slice"
-        report.tell("memory", f"peak memory of the {what}, N={tokens}, D=128, E=8, K=2", lines, N=tokens)
+        report.numbers("memory", f"peak memory of the {what}, N={tokens}, D=128, E=8, K=2", lines, N=tokens)
 
 
 def peak(kind: str, name: str, tokens: int, device: torch.device) -> int:
-    """Bytes that one forward and backward, or one step, takes at most over what was there before it."""
+    """Peak memory, in bytes, of one forward and backward or one training step, above the memory held before it."""
     if kind == "layer":
         work = competitors(tokens, 128, 8, 2, device)[0][LAYER[name]]
     else:
-        prepare = one_hot.put_into if name == "one-hot dispatch" else None
+        prepare = one_hot.use_one_hot if name == "one-hot dispatch" else None
         work = SliceStep(device, STEPS if name == "all steps on" else (), tokens // 128, prepare)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         work()
         return torch.cuda.max_memory_allocated(device) - before
-    forget_the_peak()
-    before = resident()
+    reset_peak()
+    before = peak_of_process()
     work()
-    return resident() - before
+    return peak_of_process() - before
 
 
-def forget_the_peak() -> None:
-    """Let the kernel's high-water mark start from what the process holds now, where that can be said."""
+def reset_peak() -> None:
+    """Reset the peak memory that Linux records to the memory that this process holds now."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def resident() -> int:
-    """The most memory, in bytes, that this process has held."""
+def peak_of_process() -> int:
+    """Peak memory of this process, in bytes."""
     status = Path("/proc/self/status")
-    if status.exists():  # not ru_maxrss, which a process takes over from the one that started it
+    if status.exists():  # ru_maxrss would include the process that started this one
         return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
     import resource
 

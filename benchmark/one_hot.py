@@ -1,4 +1,4 @@
-"""nanoMoE's dispatch by one-hot tensors, to compare with."""
+"""nanoMoE's dispatch with one-hot tensors, as a reference."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def capacity_of(layer: MOELayer, num_tokens: int) -> int:
 
 
 def bytes_of_largest(num_tokens: int, num_experts: int, top_k: int) -> int:
-    """Of its largest tensor, [K, N, E, capacity] in float32."""
+    """Size of the largest tensor, [K, N, E, capacity] in float32."""
     return int(4 * top_k * num_tokens * top_k * CAPACITY * num_tokens)
 
 
 def forward(layer: MOELayer, x: Tensor, bias, return_trace: bool) -> tuple[Tensor, LayerTrace]:
-    """In the place of MOELayer.forward, without statistics."""
+    """Replacement for MOELayer.forward, without statistics."""
     tokens = x.reshape(-1, x.shape[-1])
     routing = layer.router(tokens, bias)
     c_fc, c_proj = layer.experts.c_fc, layer.experts.c_proj
@@ -32,8 +32,8 @@ def forward(layer: MOELayer, x: Tensor, bias, return_trace: bool) -> tuple[Tenso
     return out.view_as(x), LayerTrace(routing, None, None)
 
 
-def put_into(model: GPT) -> GPT:
-    """Make all MoE layers of the model dispatch by one-hot tensors."""
+def use_one_hot(model: GPT) -> GPT:
+    """Make all MoE layers of the model dispatch with one-hot tensors."""
     for module in model.modules():
         if isinstance(module, MOELayer):
             module.forward = partial(forward, module)
@@ -41,7 +41,10 @@ def put_into(model: GPT) -> GPT:
 
 
 def one_hot_moe(x: Tensor, experts: Tensor, gates: Tensor, c_fc: Tensor, c_proj: Tensor, capacity: int) -> Tensor:
-    """The mixture [N, D] by [N, E, capacity] one-hot tensors, as nanoMoE dispatches; batched, to be timed."""
+    """The mixture [N, D] of tokens x [N, D], with [N, E, capacity] one-hot tensors as in nanoMoE, without loops.
+
+    experts, gates: [N, K]. c_fc: [E, D, 4 D]. c_proj: [E, 4 D, D].
+    """
     chosen = F.one_hot(experts.t(), len(c_fc))  # [K, N, E]
     K, N, E = chosen.shape
     rank = (chosen.reshape(K * N, E).cumsum(0) - 1).view(K, N, E)

@@ -1,8 +1,9 @@
-"""One checkout's training step in a process of its own, for profile.py.
+"""Time and profile the training step of a checkout, for profile.py.
 
     python benchmark/one_step.py CHECKOUT SHAPE STEPS
 
-Uses only what checkouts of all ages have, so that an older one can be measured beside this one.
+Uses only functions that old checkouts have too, so that they can be compared with this one. So it does not use
+trainer/step.py.
 """
 
 import inspect
@@ -15,7 +16,7 @@ import time
 
 
 def main(checkout: str, shape: str, steps: int) -> None:
-    sys.path[0] = checkout  # in the place of this file's folder
+    sys.path[0] = checkout  # instead of the folder of this file
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -39,11 +40,15 @@ def main(checkout: str, shape: str, steps: int) -> None:
     loop, guard = ChronoLoop(model.router_state, config.moe_blocks), NonFiniteGuard(model)
     ids = torch.randint(257, (rows, config.block_size + 1), generator=torch.Generator().manual_seed(1))
     idx, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-    lean = "return_logits" in inspect.signature(model.forward).parameters
-    asked = {"return_trace": "state", "return_logits": False} if lean else {"return_trace": True}
+    parameters = inspect.signature(model.forward).parameters
+    options = {"return_trace": True}
+    if "logged" in parameters:
+        options |= {"logged": False, "return_logits": False}
+    elif "return_logits" in parameters:  # before `logged`, "state" left out the fields that are only logged
+        options |= {"return_trace": "state", "return_logits": False}
 
     def step() -> None:
-        _, loss, trace = model(idx, targets, **asked)
+        _, loss, trace = model(idx, targets, **options)
         loss.backward()
         norms = guard.norms()
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), 1.0, torch.linalg.vector_norm(norms))
@@ -57,12 +62,12 @@ def main(checkout: str, shape: str, steps: int) -> None:
         start = time.perf_counter()
         step()
         times.append((time.perf_counter() - start) * 1000)
-    with profile(activities=[ProfilerActivity.CPU]) as seen:
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
         step()
-    operators = {event.key: event.self_cpu_time_total / 1000 for event in seen.key_averages()}
+    operators = {event.key: event.self_cpu_time_total / 1000 for event in profiled.key_averages()}
     most = sorted(operators, key=operators.get, reverse=True)[:12]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    if os.path.exists("/proc/self/status"):  # what ru_maxrss says is taken over from the process that started this one
+    if os.path.exists("/proc/self/status"):  # ru_maxrss would include the process that started this one
         with open("/proc/self/status") as status:
             peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
     answer = {

@@ -1,4 +1,4 @@
-"""Where a step's time goes, against its floor, and against another checkout's."""
+"""Time of a training step by operator, its lower bound, and the training step of another checkout."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from trainer.errors import UserError
 HERE = Path(__file__).parent
 
 
-def measure(report: Report, effort: Effort, against: str | None) -> None:
-    """Operators by their share of a step, on a CPU; `against` names a folder with another version of the project."""
+def measure(report: Report, effort: Effort, quick: bool, against: str | None) -> None:
+    """Share of each operator in a training step, on the CPU. against: folder of another checkout of this project."""
     if against is not None and not (Path(against) / "model.py").exists():
         raise UserError(f"--against={against}: no model.py there; give a checkout of this project")
-    trees = {"this one": str(HERE.parent)} | ({"the other": str(Path(against).resolve())} if against else {})
-    rate = matmul_rates(torch.device("cpu"), effort)["torch.mm"]  # one_step.py trains there
-    for shape, steps in (("slice", 30), ("nanoMoE", 3)):
-        answers: dict[str, list[dict]] = {name: [] for name in trees}
+    checkouts = {"this one": str(HERE.parent)} | ({"the other": str(Path(against).resolve())} if against else {})
+    rate = matmul_rates(torch.device("cpu"), effort)["torch.mm"]  # one_step.py trains on the CPU
+    for shape, steps in ({"slice": 3} if quick else {"slice": 30, "nanoMoE": 3}).items():
+        answers: dict[str, list[dict]] = {name: [] for name in checkouts}
         for turn in range(3 if against else 1):
-            for name, tree in trees.items() if turn % 2 == 0 else reversed(trees.items()):
-                command = [sys.executable, str(HERE / "one_step.py"), tree, shape, str(steps)]
+            for name, checkout in checkouts.items() if turn % 2 == 0 else reversed(checkouts.items()):
+                command = [sys.executable, str(HERE / "one_step.py"), checkout, shape, str(steps)]
                 done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode != 0:
-                    raise UserError(f"the step of {tree} fails: {done.stderr.strip().splitlines()[-1]}")
+                    raise UserError(f"the training step of {checkout} fails: {done.stderr.strip().splitlines()[-1]}")
                 answers[name].append(json.loads(done.stdout))
         if against:
-            times = {name: [answer["ms"] for answer in of_tree] for name, of_tree in answers.items()}
-            report.compare("profile", f"training step at {shape}'s shape, processes in turn", times)
-        for name, of_tree in answers.items():
-            last = of_tree[-1]
+            times = {name: [answer["ms"] for answer in of_checkout] for name, of_checkout in answers.items()}
+            report.comparison("profile", f"training step at the shape of {shape}, processes in turns", times)
+        for name, of_checkout in answers.items():
+            last = of_checkout[-1]
             floor = last["flops"] / rate * 1000
-            lines = [("a step", last["ms"], "ms"), ("its multiplications at torch.mm's rate", floor, "ms")]
+            lines = [("one step", last["ms"], "ms"), ("its multiplications at the rate of torch.mm", floor, "ms")]
             lines += [("peak memory of the process", last["peak_bytes"] / 2**20, "MB")]
             whole = last["all_operators_ms"]
             lines += [(operator[:60], 100 * ms / whole, "%") for operator, ms in last["operators"].items()]
-            report.tell("profile", f"{shape}'s shape, {name}: operators by their own time", lines)
+            report.numbers("profile", f"shape of {shape}, {name}: operators by self time", lines)

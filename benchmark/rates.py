@@ -1,4 +1,4 @@
-"""What the multiplications alone would take: the machine's matmul rate, and how much of it a step reaches."""
+"""Measure the matmul rate of the machine, and the share of it that a training step reaches."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmark.step import SliceStep
-from benchmark.timing import Effort, Report, in_turns
+from benchmark.timing import Effort, Report, time_in_turns
 from model import GPT, MLP, GPTConfig, MOELayer
 from trainer.flops import flops_per_token
 
@@ -18,19 +18,19 @@ NANO_MOE = dict(n_layer=6, n_head=6, n_embd=384, block_size=1024, vocab_size=503
 
 
 def matmul_rates(device: torch.device, effort: Effort) -> dict[str, float]:
-    """FLOP/s of square products: torch's in the precision that training uses and, on a CPU, oneDNN's."""
+    """FLOP/s of square matrix products, by torch in the precision of training and, on a CPU, by oneDNN."""
     size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(size, size, generator=generator).to(device, dtype) for _ in range(2))
     work: dict[str, Callable[[], object]] = {"torch.mm": lambda: a @ b}
     if device.type == "cpu" and torch.backends.mkldnn.is_available():
         work["oneDNN's linear"] = lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-    found = in_turns(work, device, Effort(min(effort.seconds, 3), effort.least, 100))
+    found = time_in_turns(work, device, Effort(min(effort.seconds, 3), effort.least, 100))
     return {name: 2 * size**3 / (statistics.median(ms) / 1000) for name, ms in found.items()}
 
 
 def make_dense(model: GPT) -> None:
-    """Put an MLP of the same multiplications in each MoE layer's place: K times as wide."""
+    """Replace each MoE layer by an MLP with as many multiplications: it is K times as wide."""
     config = model.config
     for block in model.transformer.h:
         if isinstance(block.mlp, MOELayer):
@@ -41,9 +41,9 @@ def make_dense(model: GPT) -> None:
 
 
 def measure(report: Report, device: torch.device, effort: Effort, quick: bool) -> None:
-    """Share of the matmul rate that the MoE GPT and the dense GPT of the same multiplications reach."""
+    """Share of the matmul rate that the MoE GPT and a dense GPT with as many multiplications reach."""
     rates = matmul_rates(device, effort)
-    report.tell("rates", "matmul rate, measured", [(name, rate / 1e9, "GFLOP/s") for name, rate in rates.items()])
+    report.numbers("rates", "matmul rate, measured", [(name, rate / 1e9, "GFLOP/s") for name, rate in rates.items()])
     rate = rates["torch.mm"]
     shapes = {"the slice": {}}
     if not quick:
@@ -51,29 +51,29 @@ def measure(report: Report, device: torch.device, effort: Effort, quick: bool) -
     for name, shape in shapes.items():
         moe = SliceStep(device, **shape)
         work = {"dense GPT": SliceStep(device, (), prepare=make_dense, **shape), "MoE GPT, all steps on": moe}
-        found = in_turns(work, device, effort)
+        found = time_in_turns(work, device, effort)
         flops = flops_per_token(moe.model) * moe.batch[0].numel()
-        report.compare("rates", f"training step at {name}'s shape, dense against MoE", found, flops=flops)
+        report.comparison("rates", f"training step at the shape of {name}, dense against MoE", found, flops=flops)
         lines = [
             (f"{name}: share of the matmul rate", flops / (statistics.median(ms) / 1000) / rate, "")
             for name, ms in found.items()
         ]
         lines += [("the multiplications alone", flops / rate * 1000, "ms")]
-        report.tell("rates", f"model FLOPs utilization at {name}'s shape", lines)
+        report.numbers("rates", f"model FLOPs utilization at the shape of {name}", lines)
     if device.type == "cuda":
-        on_the_gpu(report, device)
+        measure_gpu(report, device)
 
 
-def on_the_gpu(report: Report, device: torch.device) -> None:
-    """Kernels of the loop's step, waits for the device in a step, and memory over many steps."""
+def measure_gpu(report: Report, device: torch.device) -> None:
+    """Kernels of the loop, synchronizations in a training step, and growth of memory over many steps."""
     step = SliceStep(device)
     for _ in range(5):
         step()
     trace, found_inf = step.loop.last, torch.zeros((), device=device)
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         step.loop.step(trace, found_inf)
         torch.cuda.synchronize(device)
-    kernels = sum(event.count for event in seen.key_averages() if event.self_device_time_total > 0)
+    kernels = sum(event.count for event in profiled.key_averages() if event.self_device_time_total > 0)
     torch.cuda.set_sync_debug_mode("warn")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -84,6 +84,6 @@ def on_the_gpu(report: Report, device: torch.device) -> None:
         step()
     torch.cuda.synchronize(device)
     grown = torch.cuda.memory_allocated(device) - before
-    lines = [("kernels in the loop's step", kernels, ""), ("waits for the device in a step", len(caught), "")]
-    lines += [("memory grown over 1000 steps", grown, "bytes")]
-    report.tell("rates", "on the GPU, the slice's step", lines)
+    lines = [("kernels of the loop per step", kernels, ""), ("synchronizations per step", len(caught), "")]
+    lines += [("growth of memory over 1000 steps", grown, "bytes")]
+    report.numbers("rates", "training step of the slice on the GPU", lines)

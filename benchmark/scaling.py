@@ -1,8 +1,9 @@
-"""The formulas of docs/scaling.md beside what is counted. Counts, not times: they repeat to the last digit.
+"""Compare the formulas of docs/scaling.md with counts of FLOP, bytes and operators. Counts are the same in every run.
 
-All five steps on, and a step that does not log.
+Numbers of operators and the bytes that they read and write depend on the version of torch; those in EXACT do not.
 
-L MoE layers, E experts, D width, K top_k, N tokens of a micro-batch, in float32 (4 bytes).
+All five steps of the plan are on, and the training step does not log. Shapes: L MoE layers, E experts, D width,
+K top_k, N tokens of a micro-batch, in float32 (4 bytes).
 """
 
 from __future__ import annotations
@@ -40,16 +41,23 @@ SIZES = [
     Sizes(3, 8, 384, 2, 4096),  # nanoMoE's layers
     Sizes(4, 32, 64, 4, 1024),
     Sizes(1, 256, 256, 8, 2048),
-    Sizes(12, 64, 64, 2, 16384),  # too large for the statistics to take all layers at a time
+    Sizes(12, 64, 64, 2, 16384),  # the statistics process its layers in three groups
 ]
 
 
 def groups(s: Sizes) -> int:
-    """How many times the statistics' operators run: for as many layers at a time as fit MAX_ENTRIES."""
+    """Number of groups in which the statistics process the layers: as many layers at a time as fit in MAX_ENTRIES."""
     at_a_time = max(1, MAX_ENTRIES // (s.N * s.E))
     return -(-s.L // at_a_time)
 
 
+# Counts that do not depend on the version of torch.
+EXACT = (
+    "layer: floating-point operations",
+    "layer: the same without the experts', grouped",
+    "loop: bytes of state",
+    "trace: bytes in the all-reduce",
+)
 FORMULAS: dict[str, Callable[[Sizes], int]] = {
     "layer: floating-point operations": lambda s: 48 * s.K * s.N * s.D**2 + 6 * s.N * s.E * s.D + 4 * s.K * s.N * s.D,
     "layer: the same without the experts', grouped": lambda s: 6 * s.N * s.E * s.D + 4 * s.E * s.K * s.N * s.D,
@@ -68,7 +76,7 @@ FORMULAS: dict[str, Callable[[Sizes], int]] = {
 
 
 class Traffic(TorchDispatchMode):
-    """Counts operators that compute, and the bytes of their operands and results: the traffic if nothing is fused."""
+    """Counts operators that are not views, and the bytes of their operands and results, as if none were fused."""
 
     def __init__(self):
         super().__init__()
@@ -85,7 +93,7 @@ class Traffic(TorchDispatchMode):
 
 
 def measure(report: Report, device: torch.device, effort: Effort, quick: bool) -> None:
-    """Formula and count at several sizes."""
+    """Counts and formulas at several sizes, and the formulas at the size of a large model."""
     table: dict[str, list[tuple[str, float, str]]] = {name: [] for name in FORMULAS}
     for sizes in SIZES[:2] if quick else SIZES:
         for name, counted in count(sizes).items():
@@ -93,23 +101,23 @@ def measure(report: Report, device: torch.device, effort: Effort, quick: bool) -
             at = ", ".join(f"{key}={value}" for key, value in sizes._asdict().items())
             table[name] += [(at, counted, f"counted; formula {expected:,.0f}; {100 * (expected / counted - 1):+.1f}%")]
     for name, lines in table.items():
-        report.tell("scaling", name, lines)
+        report.numbers("scaling", name, lines)
     for D in (2048, 7168):
         sizes = Sizes(61, 256, D, 8, 4096)
         at = ", ".join(f"{key}={value}" for key, value in sizes._asdict().items())
-        report.tell("scaling", f"by the formulas, a rank of 2048 at {at}", projected(sizes, 2048))
+        report.numbers("scaling", f"by the formulas, one of 2048 ranks at {at}", projected(sizes, 2048))
 
 
-# A rank's assumed rates. They are not measured.
+# Assumed rates of one rank, not measured.
 LINK = 50e9  # bytes/s, 400 Gbit/s
 MEMORY = 4.8e12  # bytes/s, the data sheet of an H200
 BF16, FP32 = 400e12, 50e12  # FLOP/s reached in products
 
 
 def projected(s: Sizes, ranks: int) -> list[tuple[str, float, str]]:
-    """What a training step of one micro-batch a rank takes of a rank."""
+    """Memory and time of one rank in a training step of one micro-batch per rank."""
     L, E, D, K, N = s
-    ring = 2 * (ranks - 1) / ranks  # bytes that a ring all-reduce sends, by bytes reduced
+    ring = 2 * (ranks - 1) / ranks  # bytes that a ring all-reduce sends per byte reduced
     weights = 8 * L * E * D**2
     trace = FORMULAS["trace: bytes in the all-reduce"](s)
     experts, sums = 48 * L * K * N * D**2, 4 * L * E * K * N * D
@@ -122,9 +130,9 @@ def projected(s: Sizes, ranks: int) -> list[tuple[str, float, str]]:
         ("experts' products, forward and backward", experts / BF16, f"s at {BF16:.2g} FLOP/s"),
         ("kept for backward, in bfloat16", L * 20 * K * N * D / 1e9, "GB"),
         ("sums of outputs by a selector", sums / FP32, f"s at {FP32:.2g} FLOP/s"),
-        ("their mask, a layer", 8 * E * K * N / 1e9, "GB"),
+        ("their mask, per layer", 8 * E * K * N / 1e9, "GB"),
         ("all-reduce of the trace", trace / 1e6, "MB"),
-        ("the same", ring * trace / LINK, f"s at {LINK:.2g} bytes/s"),
+        ("time of this all-reduce", ring * trace / LINK, f"s at {LINK:.2g} bytes/s"),
         ("statistics", statistics / MEMORY, f"s at {MEMORY:.2g} bytes/s"),
         ("their operators", FORMULAS["statistics: operators"](s), ""),
         ("loop", loop / MEMORY, f"s at {MEMORY:.2g} bytes/s"),
@@ -137,7 +145,7 @@ def projected(s: Sizes, ranks: int) -> list[tuple[str, float, str]]:
 
 
 def count(s: Sizes) -> dict[str, float]:
-    """What one MoE layer's forward and backward, the statistics of L layers and the loop take, by FORMULAS' names."""
+    """Counts of one MoE layer's forward and backward, of the statistics of L layers and of the loop; see FORMULAS."""
     L, E, D, K, N = s
     config = GPTConfig(n_embd=D, n_head=1, n_exp=E, top_k=K, bias=False, chrono=ALL_ON)
     layer = MOELayer(config)
@@ -149,9 +157,9 @@ def count(s: Sizes) -> dict[str, float]:
     bias = RouterBias(torch.zeros(E), torch.ones(()))
 
     def once():
-        y, told = layer(x, bias, True)
+        y, layer_trace = layer(x, bias, True)
         y.sum().backward()
-        return told
+        return layer_trace
 
     counted: dict[str, float] = {}
     for grouped, flops, operators in (
@@ -162,7 +170,7 @@ def count(s: Sizes) -> dict[str, float]:
         with FlopCounterMode(display=False) as products:
             once()
         with Traffic() as traffic:
-            told = once()
+            layer_trace = once()
         counted[flops], counted[operators] = products.get_total_flops(), traffic.operators
 
     kept: dict[int, int] = {}
@@ -181,7 +189,9 @@ def count(s: Sizes) -> dict[str, float]:
 
     zeros = (torch.zeros(()),) * 3
     with Traffic() as traffic:
-        trace = collect_trace([told.routing] * L, ALL_ON, N, *zeros, outputs=[told.outputs] * L, logged=False)
+        trace = collect_trace(
+            [layer_trace.routing] * L, ALL_ON, N, *zeros, outputs=[layer_trace.outputs] * L, logged=False
+        )
     counted["statistics: operators"], counted["statistics: bytes read and written"] = traffic.operators, traffic.bytes
     loop = ChronoLoop(RouterState(L, E, ALL_ON), list(range(L)))
     with Traffic() as traffic:

@@ -1,4 +1,4 @@
-"""The training step of the slice: what each of the five steps adds, and where the loop's time goes."""
+"""Time the training step of the slice, what each of the plan's five steps adds, and statistics and loop alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 import model as model_module
 import ops.experts as experts_module
 from benchmark import one_hot
-from benchmark.timing import Effort, Report, autocast, clock, in_turns, stopwatch
+from benchmark.timing import Effort, Report, autocast, clock, replaced, stopwatch, time_in_turns
 from chronomoe import ChronoConfig, ChronoLoop, MoETrace
 from chronomoe.config import STEPS
 from model import GPT, GPTConfig
@@ -25,7 +25,7 @@ from trainer.settings import given
 from trainer.step import StepResult, TrainingStep
 
 SLICE = Path(__file__).parent.parent / "config" / "vertical_slice.py"
-# functions that compute statistics in forward
+# functions that compute statistics in forward, as (owner, name)
 STATISTICS = (
     (model_module, "collect_trace"),
     (model_module, "row_weights"),
@@ -35,13 +35,13 @@ STATISTICS = (
 
 
 class SliceStep:
-    """A TrainingStep of the slice on one fixed batch of random tokens. Call it to take one step.
+    """A TrainingStep of the slice on a fixed batch of random tokens. Calling it takes one training step.
 
     Args:
-        device: where it runs.
-        steps: steps of the plan that are on.
+        device: device of the model.
+        steps: the plan's steps that are on.
         batch_size: sequences per batch; None: the slice's.
-        prepare: may change the model before it is moved to the device.
+        prepare: function that changes the model, before it is moved to the device.
         world: the ranks.
         changes: settings that differ from the slice's.
     """
@@ -79,32 +79,34 @@ class SliceStep:
         return self.step([self.batch], step=1, logged=logged)
 
     def logged(self) -> None:
-        """A step that logs: it computes and reads all metrics."""
+        """Take a training step that logs: compute all metrics and copy them to the host."""
         self(logged=True)
         self.loop.read()
 
 
 def measure(report: Report, device: torch.device, effort: Effort, quick: bool) -> None:
-    """The steps of the loop added one by one; all on and off; one-hot dispatch; statistics and loop by themselves."""
-    work: dict[str, Callable[[], None]] = {"all steps off": SliceStep(device, ())}
+    """The five steps of the plan added one by one; all on against all off; one-hot dispatch; statistics and loop."""
+    work: dict[str, Callable[[], object]] = {"all steps off": SliceStep(device, ())}
     for count, name in enumerate(STEPS, 1):
         work[f"+ {name}"] = SliceStep(device, STEPS[:count])
     title = "training step of config/vertical_slice.py, the five steps added one by one"
-    report.compare("step", title, in_turns(work, device, effort))
+    report.comparison("step", title, time_in_turns(work, device, effort))
 
     on = SliceStep(device)
     work = {"all steps off": SliceStep(device, ()), "all steps on": on, "all steps on, and logged": on.logged}
-    title = "the same, all on against all off"
-    report.compare("step", title, in_turns(work, device, Effort(2 * effort.seconds, effort.least, 4 * effort.most)))
+    longer = Effort(2 * effort.seconds, effort.least, 4 * effort.most)
+    report.comparison("step", "the same, all on against all off", time_in_turns(work, device, longer))
 
-    plain = SliceStep(device, (), prepare=one_hot.put_into)
-    work = {"all steps on": SliceStep(device), "all off, one-hot dispatch": plain}
-    report.compare("step", "the same, against one-hot dispatch", in_turns(work, device, effort))
-    by_themselves(report, device, effort)
+    work = {
+        "all steps on": SliceStep(device),
+        "all off, one-hot dispatch": SliceStep(device, (), prepare=one_hot.use_one_hot),
+    }
+    report.comparison("step", "the same, against one-hot dispatch", time_in_turns(work, device, effort))
+    measure_statistics_and_loop(report, device, effort)
 
 
-def by_themselves(report: Report, device: torch.device, effort: Effort) -> None:
-    """Statistics in forward and the loop: inside a step, where the caches hold other things, and repeated."""
+def measure_statistics_and_loop(report: Report, device: torch.device, effort: Effort) -> None:
+    """Time of statistics and loop inside a training step, and repeated alone, with code and data in the cache."""
     places = [*STATISTICS, (ChronoLoop, "step")]
     steps: list[float] = []
     spent: list[dict[str, float]] = []
@@ -125,46 +127,40 @@ def by_themselves(report: Report, device: torch.device, effort: Effort) -> None:
     lines = [(f"{name}, in the step", 100 * share, "% of the step") for name, share in inside.items()]
 
     calls = recorded_calls(step)
-    trace = step.loop.last
 
     def repeated_statistics() -> None:
-        for work, args, kwargs in calls:
-            work(*args, **kwargs)
+        for call in calls:
+            call()
 
-    alone = {}
-    for name, work in {"statistics in forward": repeated_statistics, "the loop": lambda: step.loop.step(trace)}.items():
-        found = in_turns({name: work}, device, Effort(min(effort.seconds, 2), effort.least, 1000))
-        alone[name] = statistics.median(found[name])
+    assert step.loop.last is not None
+    alone = {"statistics in forward": repeated_statistics, "the loop": partial(step.loop.step, step.loop.last)}
+    short = Effort(min(effort.seconds, 2), effort.least, 1000)
+    ms = {name: statistics.median(time_in_turns({name: work}, device, short)[name]) for name, work in alone.items()}
     whole = statistics.median(steps[2:]) * 1000
-    lines += [(f"{name}, repeated by itself", ms, "ms") for name, ms in alone.items()]
-    lines += [("together, repeated by themselves", 100 * sum(alone.values()) / whole, "% of the step")]
-    report.tell("step", f"statistics and loop in a step of {whole:.1f} ms ({len(shares)} steps)", lines)
+    lines += [(f"{name}, repeated alone", value, "ms") for name, value in ms.items()]
+    lines += [("together, repeated alone", 100 * sum(ms.values()) / whole, "% of the step")]
+    title = f"statistics and loop in a training step of {whole:.1f} ms ({len(shares)} steps)"
+    report.numbers("step", title, lines)
 
 
-def recorded_calls(step: SliceStep) -> list[tuple[Callable, tuple, dict]]:
-    """The calls that one step makes to the functions in STATISTICS: (function, arguments, keyword arguments)."""
-    calls: list[tuple[Callable, tuple, dict]] = []
-    originals = [(owner, name, getattr(owner, name)) for owner, name in STATISTICS]
+def recorded_calls(step: SliceStep) -> list[partial]:
+    """The calls of the functions in STATISTICS that one training step makes."""
+    calls: list[partial] = []
 
-    def recording(work: Callable) -> Callable:
+    def recording(function: Callable) -> Callable:
         def call(*args, **kwargs):
-            calls.append((work, args, kwargs))
-            return work(*args, **kwargs)
+            calls.append(partial(function, *args, **kwargs))
+            return function(*args, **kwargs)
 
         return call
 
-    for owner, name, work in originals:
-        setattr(owner, name, recording(work))
-    try:
+    with replaced({place: recording(getattr(*place)) for place in STATISTICS}):
         step()
-    finally:
-        for owner, name, work in originals:
-            setattr(owner, name, work)
     return calls
 
 
 def measure_saving(report: Report, device: torch.device, effort: Effort, quick: bool) -> None:
-    """Time of copying the state, of Checkpointer.save within the training loop, and of the whole save with the disk."""
+    """Time of copying the state, of Checkpointer.save in the training loop, and of a save with the write to disk."""
     step = SliceStep(device)
     step()
     progress = Progress()
@@ -183,17 +179,18 @@ def measure_saving(report: Report, device: torch.device, effort: Effort, quick: 
             "save and write": save_and_wait,
         }
         times: dict[str, list[float]] = {name: [] for name in work}
-        for turn in range(-2, effort.least):  # in this order `save` finds the thread idle
+        for turn in range(-2, effort.least):  # not in alternating order: `save` needs an idle writing thread
             for name, each in work.items():
                 start = clock(device)
                 each()
                 if turn >= 0:
                     times[name].append((clock(device) - start) * 1000)
-    report.compare("saving", "a checkpoint of config/vertical_slice.py: how long it holds up training", times)
+    title = "saving a checkpoint of config/vertical_slice.py: time during which training waits"
+    report.comparison("saving", title, times)
 
 
 def across_ranks(report: Report, world: World, device: torch.device, turns: int) -> None:
-    """Time of the trace's all-reduce and of the agreement between hosts in a step of the slice."""
+    """Time of the trace's all-reduce and of the ranks' agreement on stopping, in a training step of the slice."""
     step = SliceStep(device, world=world)
     spent = {"step": 0.0, "all-reduce of the trace": 0.0, "agreement": 0.0}
     times: dict[str, list[float]] = {name: [] for name in spent}
@@ -203,14 +200,13 @@ def across_ranks(report: Report, world: World, device: torch.device, turns: int)
         if trace.is_reduced:
             return trace
         clock(device)
-        world.barrier()  # waiting for the slower rank is not communication
+        world.barrier()  # waiting for a slower rank is not communication
         start = clock(device)
         total = reduce(trace)
         spent["all-reduce of the trace"] = clock(device) - start
         return total
 
-    MoETrace.summed_over_ranks = timed_reduce
-    try:
+    with replaced({(MoETrace, "summed_over_ranks"): timed_reduce}):
         for turn in range(-2, turns):
             start = clock(device)
             trace = step().trace
@@ -222,9 +218,7 @@ def across_ranks(report: Report, world: World, device: torch.device, turns: int)
             if turn >= 0:
                 for name, seconds in spent.items():
                     times[name].append(seconds * 1000)
-    finally:
-        MoETrace.summed_over_ranks = reduce
     if world.is_main:
         size = sum(x.numel() * x.element_size() for x in trace.present().values())
-        title = f"step of config/vertical_slice.py on {world.world_size} ranks; the trace is {size:,} bytes"
-        report.compare("ranks", title, times, bytes=size, ranks=world.world_size)
+        title = f"training step of config/vertical_slice.py on {world.world_size} ranks; the trace is {size:,} bytes"
+        report.comparison("ranks", title, times, bytes=size, ranks=world.world_size)

@@ -1,8 +1,9 @@
-"""Competitors timed in turn within one process, and what so many turns allow to say.
+"""Time competitors in turns within one process, and compute ratios with their uncertainty.
 
-A machine's speed drifts by more than what is measured here, but it drifts for all competitors alike: each turn runs all
-of them, in alternating order, and ratios are taken within a turn. What does not drift is where a process finds its
-memory, and that can make its products of matrices a third slower for good: so layers are compared in several.
+The speed of a machine drifts by more than the differences that are measured here, but equally for all competitors. So
+each turn runs all of them, in alternating order, and ratios are computed within a turn. The placement of memory does
+not drift: it can make the matrix products of one process a third slower for its lifetime. So layers are timed in
+several processes.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ import torch
 from trainer.errors import UserError
 
 Times = dict[str, list[float]]  # ms of each turn, by competitor
-TO_TELL = 0.05  # a ratio whose 95% interval reaches further than this to either side is called noisy
+MAX_ERROR = 0.05  # a ratio is noisy if its 95% interval extends further than this on either side
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How long a comparison is pursued: at least `least` turns, then until `seconds` are over or `most` are done."""
+    """Duration of a comparison: at least `least` turns, then until `seconds` have passed or `most` turns are done."""
 
     seconds: float
     least: int
@@ -34,41 +35,41 @@ class Effort:
 
 @dataclass(frozen=True)
 class Row:
-    """One competitor. Times are in ms, ratios to the table's first row and taken within a turn."""
+    """Results of one competitor. Times are in ms; ratios are relative to the first competitor, within a turn."""
 
     name: str
     median_ms: float
     ratio: float
-    low: float  # middle half of the turns' ratios
+    low: float  # quartiles of the ratio over turns
     high: float
-    interval: tuple[float, float] | None  # 95%, of the median ratio; None if the turns are too few for one
+    interval: tuple[float, float] | None  # 95%, of the median ratio; None with too few turns
     turns: int
-    by_process: tuple[float, ...]  # the ratio in each process that took part
+    by_process: tuple[float, ...]  # ratio in each process
 
     @property
     def noisy(self) -> bool:
-        """Whether the ratio is not known to 5%: by its interval, or because another process has another one."""
-        if any(abs(ratio - self.ratio) > TO_TELL * self.ratio for ratio in self.by_process):
+        """Whether the ratio is not known to 5%, by its interval, or because the processes disagree."""
+        if any(abs(ratio - self.ratio) > MAX_ERROR * self.ratio for ratio in self.by_process):
             return True
         if self.interval is None:
             return True
-        return max(self.ratio - self.interval[0], self.interval[1] - self.ratio) > TO_TELL * self.ratio
+        return max(self.ratio - self.interval[0], self.interval[1] - self.ratio) > MAX_ERROR * self.ratio
 
 
 def clock(device: torch.device) -> float:
-    """Seconds, when the device has done what it was given."""
+    """Time in seconds, after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def autocast(device: torch.device):
-    """bfloat16 on CUDA, where the experts then run through grouped_mm; nothing on a CPU."""
+    """bfloat16 on CUDA, where experts then use grouped_mm; no autocast on a CPU."""
     return torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
-def in_turns(competitors: dict[str, Callable[[], object]], device: torch.device, effort: Effort) -> Times:
-    """Time the competitors in turn, after two turns to warm up."""
+def time_in_turns(competitors: dict[str, Callable[[], object]], device: torch.device, effort: Effort) -> Times:
+    """Time the competitors in turns, after two turns of warm-up."""
     names = list(competitors)
     times: Times = {name: [] for name in names}
     began = time.perf_counter()
@@ -86,30 +87,21 @@ def in_turns(competitors: dict[str, Callable[[], object]], device: torch.device,
 
 
 def rows(processes: list[Times], names: Sequence[str] | None = None) -> list[Row]:
-    """Compare all competitors, or those named, with the first; their turns in all processes together."""
+    """Compare all competitors, or those named, with the first of them, over the turns of all processes."""
     names = names or list(processes[0])
     found = []
     for name in names:
         by_process = [sorted(a / b for a, b in zip(times[name], times[names[0]])) for times in processes]
         ratios = sorted(ratio for of_process in by_process for ratio in of_process)
         low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
-        found.append(
-            Row(
-                name,
-                statistics.median(ms for times in processes for ms in times[name]),
-                middle,
-                low,
-                high,
-                median_interval(ratios),
-                len(ratios),
-                tuple(map(statistics.median, by_process)),
-            )
-        )
+        median_ms = statistics.median(ms for times in processes for ms in times[name])
+        medians = tuple(map(statistics.median, by_process))
+        found.append(Row(name, median_ms, middle, low, high, median_interval(ratios), len(ratios), medians))
     return found
 
 
 def median_interval(values: list[float]) -> tuple[float, float] | None:
-    """95% confidence interval of the median, by order statistics; None where the values are fewer than 6."""
+    """95% confidence interval of the median, by order statistics; None with fewer than 6 values."""
     n = len(values)
     chance, rank = 0.0, 0
     while (chance := chance + math.comb(n, rank) / 2**n) <= 0.025:
@@ -118,85 +110,103 @@ def median_interval(values: list[float]) -> tuple[float, float] | None:
 
 
 @contextmanager
-def stopwatch(device: torch.device, places: list[tuple[object, str]]) -> Iterator[dict[str, float]]:
-    """Seconds spent in functions, by (owner, attribute), while the context is open; waits for a GPU each time."""
+def stopwatch(device: torch.device, places: Sequence[tuple[object, str]]) -> Iterator[dict[str, float]]:
+    """Measure the seconds spent in functions, given as (owner, attribute). Synchronizes with a GPU at each call."""
     spent = {name: 0.0 for _, name in places}
-    originals = [(owner, name, getattr(owner, name)) for owner, name in places]
 
-    def timed(name: str, work: Callable):
+    def timed(name: str, function: Callable):
         def call(*args, **kwargs):
             start = clock(device)
             try:
-                return work(*args, **kwargs)
+                return function(*args, **kwargs)
             finally:
                 spent[name] += clock(device) - start
 
         return call
 
-    for owner, name, work in originals:
-        setattr(owner, name, timed(name, work))
-    try:
+    with replaced({(owner, name): timed(name, getattr(owner, name)) for owner, name in places}):
         yield spent
+
+
+@contextmanager
+def replaced(functions: dict[tuple[object, str], Callable]) -> Iterator[None]:
+    """Replace attributes, given as (owner, name), while the context is open."""
+    originals = {place: getattr(*place) for place in functions}
+    try:
+        for place, function in functions.items():
+            setattr(*place, function)
+        yield
     finally:
-        for owner, name, work in originals:
-            setattr(owner, name, work)
+        for place, function in originals.items():
+            setattr(*place, function)
 
 
-def told(row: Row) -> str:
-    """Its ratio for a person."""
-    note = "" if not row.noisy else "   too few turns" if row.interval is None else "   too noisy to tell 5%"
+def format_ratio(row: Row) -> str:
+    """The ratio of a row, with its quartiles and notes."""
+    note = "" if not row.noisy else "   too few turns" if row.interval is None else "   noisy: not known to 5%"
     if len(row.by_process) > 1:
         note = f"   by process {', '.join(f'{ratio:.2f}' for ratio in row.by_process)}{note}"
     return f"{row.ratio:6.3f} ({row.low:.3f} to {row.high:.3f}){note}"
 
 
-def as_facts(row: Row) -> dict:
+def as_json(row: Row) -> dict:
     return vars(row) | {"noisy": row.noisy}
 
 
 class Report:
-    """Tables for a person, as they are ready, and all of them for a program."""
+    """Prints tables as they are ready, and collects them for --json.
+
+    Args:
+        quiet: print to stderr, because stdout is for JSON.
+    """
 
     def __init__(self, quiet: bool = False):
         self.quiet = quiet
         self.tables: list[dict] = []
 
-    def say(self, line: str) -> None:
+    def info(self, line: str) -> None:
+        """Print a line. Raises UserError if the reader has closed the pipe."""
         try:
             print(line, file=sys.stderr if self.quiet else sys.stdout, flush=True)
         except BrokenPipeError:
-            raise UserError("nobody reads the tables any more; give them a file, or --json and a file") from None
+            raise UserError("the reader of the tables has closed the pipe; write them to a file") from None
 
-    def compare(
+    def comparison(
         self, part: str, title: str, times: Times | list[Times], pairs: Sequence[tuple[str, str]] = (), **facts
     ) -> None:
-        """A table of competitors, each against the first; and of `pairs` of them, where both took part.
+        """Add a table of competitors, relative to the first.
 
-        times: of one process, or of several.
+        Args:
+            part: name of the part.
+            title: title of the table.
+            times: of one process, or of several.
+            pairs: competitors to compare in addition, if both took part.
+            facts: more values for --json.
         """
         processes = times if isinstance(times, list) else [times]
         found = rows(processes)
         names = [row.name for row in found]
         others = {f"{a} / {b}": rows(processes, (b, a))[1] for a, b in pairs if a in names and b in names}
         width = max(28, *map(len, (*names, *others)))
-        self.say(f"\n{title}\n  {'':{width}} {'median':>12}   ratio (middle half)")
+        self.info(f"\n{title}\n  {'':{width}} {'median':>12}   ratio (quartiles)")
         for row in found:
-            self.say(f"  {row.name:{width}} {row.median_ms:9.2f} ms   {told(row) if row is not found[0] else '    1'}")
+            ratio = "    1" if row is found[0] else format_ratio(row)
+            self.info(f"  {row.name:{width}} {row.median_ms:9.2f} ms   {ratio}")
         for name, row in others.items():
-            self.say(f"  {name:{width}} {'':12}   {told(row)}")
-        self.say(f"  {found[0].turns} turns" + (f" in {len(processes)} processes" if len(processes) > 1 else ""))
+            self.info(f"  {name:{width}} {'':12}   {format_ratio(row)}")
+        self.info(f"  {found[0].turns} turns" + (f" in {len(processes)} processes" if len(processes) > 1 else ""))
         table = {
-            "rows": [as_facts(row) for row in found],
-            "pairs": {name: as_facts(row) for name, row in others.items()},
+            "rows": [as_json(row) for row in found],
+            "pairs": {name: as_json(row) for name, row in others.items()},
         }
         self.tables.append({"part": part, "title": title} | table | facts)
 
-    def tell(self, part: str, title: str, lines: list[tuple[str, float, str]], **facts) -> None:
-        """Single numbers: (name, value, unit)."""
+    def numbers(self, part: str, title: str, lines: list[tuple[str, float, str]], **facts) -> None:
+        """Add a table of numbers: (name, value, unit)."""
         width = max(28, *(len(name) for name, _, _ in lines))
-        self.say(f"\n{title}")
+        self.info(f"\n{title}")
         for name, value, unit in lines:
             number = f"{value:14,}" if isinstance(value, int) else f"{value:14,.4g}"
-            self.say(f"  {name:{width}} {number} {unit}")
+            self.info(f"  {name:{width}} {number} {unit}")
         numbers = [{"name": name, "value": value, "unit": unit} for name, value, unit in lines]
         self.tables.append({"part": part, "title": title, "numbers": numbers} | facts)

@@ -1,1 +1,1 @@
-"""Beta on against beta off: train the arms over seeds, pair the runs, test the differences. One job a file."""
+"""Compare training with beta and without: train the arms with several seeds, pair the runs, test the differences."""

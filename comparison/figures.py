@@ -1,9 +1,8 @@
-"""The report's figures, from the runs' logged lines. Each function returns a matplotlib figure."""
+"""The figures of the report. Each function returns a matplotlib figure, or None if no run has the metric."""
 
 from __future__ import annotations
 
 import math
-import re
 
 import matplotlib
 
@@ -30,26 +29,26 @@ matplotlib.rcParams.update(
 
 
 def subplots(rows: int = 1, columns: int = 1, height: float = 3.2, **options):
-    """As wide as a phone's screen, so that text stays legible there; `height` is a row's, in inches."""
+    """Subplots that are legible on the screen of a phone; height: of a row, in inches."""
     return plt.subplots(rows, columns, figsize=(5.0, height * rows), layout="constrained", **options)
 
 
 def curves(arms: Arms, name: str, label: str, skip: int = 0, log: bool = False, **limits) -> Figure | None:
     """A metric by arm against the step: the mean over seeds, and a band from the lowest to the highest seed.
 
-    name: a metric, or an ending such as "/js", whose mean over layers is drawn. skip: leave out earlier steps. None if
-    no run has it.
+    name: the mean over layers is drawn; see `Run.values`. skip: first step that is drawn.
     """
     figure, axis = subplots()
     for arm, members in arms.items():
-        rows = [row for row in (_mean_series(run, name) for run in members.values()) if row]
-        steps = [s for s in sorted(set.intersection(*map(set, rows))) if s >= skip] if rows else []
+        found = [run.values(name) for run in members.values()]
+        seeds = [{step: sum(values) / len(values) for step, values in of_run.items()} for of_run in found if of_run]
+        steps = [step for step in sorted(set.intersection(*map(set, seeds))) if step >= skip] if seeds else []
         if not steps:
             continue
-        values = np.array([[row[step] for step in steps] for row in rows])
+        values = np.array([[of_seed[step] for step in steps] for of_seed in seeds])
         if log and not (values > 0).any():
             continue
-        axis.plot(steps, values.mean(0), color=COLOURS.get(arm), label=f"{arm} ({len(rows)} seeds)")
+        axis.plot(steps, values.mean(0), color=COLOURS.get(arm), label=f"{arm} ({len(seeds)} seeds)")
         axis.fill_between(steps, values.min(0), values.max(0), color=COLOURS.get(arm), alpha=0.18, linewidth=0)
     if not axis.lines:
         plt.close(figure)
@@ -60,14 +59,14 @@ def curves(arms: Arms, name: str, label: str, skip: int = 0, log: bool = False, 
 
 
 def differences(rows: list[Row]) -> Figure:
-    """Each pair's difference in the primary outcome, its mean, 95% interval and margin, one column per contrast."""
+    """Differences of the pairs in the primary outcome, their mean, 95% interval and margin; one column per contrast."""
     figure, axis = subplots()
     for column, r in enumerate(rows):
         values = list(r.differences.values())
         axis.plot(column + np.linspace(-0.12, 0.12, len(values)), values, "o", color=COLOURS["on"], alpha=0.7)
         c = r.contrast
-        reach = [[c.mean - c.low], [c.high - c.mean]] if c.enough else None
-        axis.errorbar(column + 0.25, c.mean, reach, fmt="s", color=INK, capsize=4)
+        bar = [[c.mean - c.low], [c.high - c.mean]] if c.is_enough else None
+        axis.errorbar(column + 0.25, c.mean, bar, fmt="s", color=INK, capsize=4)
         if c.margin is not None:
             axis.fill_between([column - 0.4, column + 0.4], -c.margin, c.margin, color=INK, alpha=0.12, linewidth=0)
     axis.axhline(0, color=INK, linewidth=1, linestyle=":")
@@ -77,8 +76,8 @@ def differences(rows: list[Row]) -> Figure:
 
 
 def experts(runs: dict[str, Run], metric: str, label: str) -> Figure | None:
-    """A metric of every expert over time, one panel an arm, one colour a layer; None if no run has it."""
-    found = {arm: by_expert(run, metric) for arm, run in runs.items()}
+    """A metric of every expert against the step, one panel per arm, one colour per layer."""
+    found = {arm: run.by_expert(metric) for arm, run in runs.items()}
     found = {arm: table for arm, table in found.items() if table}
     if not found:
         return None
@@ -98,10 +97,10 @@ def experts(runs: dict[str, Run], metric: str, label: str) -> Figure | None:
 
 
 def heatmaps(runs: dict[str, Run], metric: str, label: str) -> Figure | None:
-    """A metric's last value, layer by expert, one panel an arm; None if no run has it."""
+    """The last value of a metric by layer and expert, one panel per arm."""
     tables = {}
     for arm, run in runs.items():
-        last = {key: values[-1] for key, (_, values) in by_expert(run, metric).items()}
+        last = {key: values[-1] for key, (_, values) in run.by_expert(metric).items()}
         if last:
             layers, columns = sorted({layer for layer, _ in last}), sorted({e for _, e in last})
             tables[arm] = layers, np.array([[last.get((layer, e), np.nan) for e in columns] for layer in layers])
@@ -110,7 +109,7 @@ def heatmaps(runs: dict[str, Run], metric: str, label: str) -> Figure | None:
     height = 0.6 + 0.3 * max(len(layers) for layers, _ in tables.values())
     figure, axes = subplots(len(tables), 1, height=height, squeeze=False, sharex=True)
     for axis, (arm, (layers, table)) in zip(axes.flat, tables.items()):
-        limit = np.nanmax(abs(table)) or 1.0  # each arm's own: their betas may differ by orders of magnitude
+        limit = np.nanmax(abs(table)) or 1.0  # per arm: betas of two arms may differ by orders of magnitude
         image = axis.imshow(table, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
         axis.set_yticks(range(len(layers)), [f"L{layer}" for layer in layers])
         axis.set_title(arm)
@@ -120,7 +119,7 @@ def heatmaps(runs: dict[str, Run], metric: str, label: str) -> Figure | None:
 
 
 def proposals(runs: dict[str, Run]) -> Figure | None:
-    """When which expert was proposed for pruning, a bar from open to withdrawn; None if none was."""
+    """The steps during which each expert was proposed for pruning, as bars; None if none was."""
     bars = [(arm, *bar) for arm, run in runs.items() for bar in open_times(run)]
     if not bars:
         return None
@@ -135,7 +134,7 @@ def proposals(runs: dict[str, Run]) -> Figure | None:
 
 
 def probe(probes: dict[str, list[Probe]]) -> Figure:
-    """What beta does against top_k: loss difference, share of the set changed, gate mass moved."""
+    """The effect of beta against top_k: loss difference, share of the set changed, gate mass moved."""
     figure, axes = subplots(3, 1, height=2.2, sharex=True)
     panels = (
         ("loss_difference", "loss difference"),
@@ -153,31 +152,14 @@ def probe(probes: dict[str, list[Probe]]) -> Figure:
     return figure
 
 
-def by_expert(run: Run, metric: str) -> dict[tuple[int, int], tuple[list[int], list[float]]]:
-    """(layer, expert) -> (steps, values) of a metric of the experts."""
-    names = {name for line in run.lines for name in line}
-    matches = [re.fullmatch(rf"expert/L(\d+)_E(\d+)/{metric}", name) for name in names]
-    keys = sorted((int(m[1]), int(m[2]), m[0]) for m in matches if m)
-    return {(layer, e): run.series(name) for layer, e, name in keys if run.series(name)[0]}
-
-
 def open_times(run: Run) -> list[tuple[str, str, int, int]]:
-    """(expert, reason, opened, withdrawn or the run's end) of every prune proposal."""
+    """(expert, reason, step opened, step withdrawn or last step) of every prune proposal."""
     opened: dict[tuple[str, str], int] = {}
     bars = []
-    for d in run.decisions:
-        key = d["expert_id"], d["reason"]
-        if d["action"] == "open":
-            opened[key] = d["step"]
+    for decision in run.decisions:
+        key = decision["expert_id"], decision["reason"]
+        if decision["action"] == "open":
+            opened[key] = decision["step"]
         elif key in opened:
-            bars.append((*key, opened.pop(key), d["step"]))
-    return bars + [(*key, start, run.config["max_iters"]) for key, start in opened.items()]
-
-
-def _mean_series(run: Run, name: str) -> dict[int, float]:
-    found = {}
-    for line in run.lines:
-        values = [v for n, v in line.items() if (n == name or (name[0] == "/" and n.endswith(name))) and v is not None]
-        if values:
-            found[line["step"]] = sum(values) / len(values)
-    return found
+            bars.append((*key, opened.pop(key), decision["step"]))
+    return bars + [(*key, start, run.steps) for key, start in opened.items()]

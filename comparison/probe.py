@@ -1,7 +1,7 @@
-"""The constraint probe: does the bias decide when choice is forced, and lie dormant while choice is wide?
+"""The constraint probe: does beta change the output more if fewer experts may be chosen?
 
-A trained model is evaluated with top_k overridden to 1, 2, ..., E, with its beta and with beta 0, on the fixed
-validation batches: the difference in loss, the share of the top-K set that beta changes, the gate mass that it moves.
+A trained model is evaluated with top_k set to 1, 2, ..., E, with its beta and with beta 0, on the fixed validation
+batches. Reported are the difference in loss, the share of the top-K set that beta changes, and the gate mass it moves.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from trainer.weights import build_model
 
 @dataclass(frozen=True)
 class Probe:
-    """What beta does at one top_k; means over layers and tokens."""
+    """The effect of beta at one top_k; means over layers and tokens."""
 
     top_k: int
     loss: float  # with beta, nats per token
-    loss_difference: float  # with beta less without
+    loss_difference: float  # with beta minus with beta 0
     set_changed: float  # share of the top-K set, 0 to 1
     gate_mass_moved: float  # 0 to 1
 
 
 def load_model(run: Run) -> tuple[GPT, TokenData]:
-    """A run's trained model in eval mode, on the CPU, and its data.
+    """A run's trained model in eval mode on the CPU, and its data.
 
-    Raises UserError if the checkpoint of the run's last step is not there and whole.
+    Raises UserError if the checkpoint of the run's last step is missing or damaged, or the data are not the run's.
     """
     if run.folder is None:
-        raise UserError("its checkpoint is not here")
+        raise UserError("its checkpoint is not on this machine")
     path = run.folder / checkpoint.NAME
     try:
         saved = checkpoint.load(path)
@@ -48,14 +48,14 @@ def load_model(run: Run) -> tuple[GPT, TokenData]:
     if saved["iter_num"] != run.steps:
         raise UserError(f"{path} is of step {saved['iter_num']}, the run ended at {run.steps}")
     config = saved["config"]
-    differ = [key for key in ("seed", "arm", *differing(config, run.config)) if key in config]
-    other = [key for key in differ if config[key] != run.config.get(key)]
+    compared = [key for key in ("seed", "arm", *differing(config, run.config)) if key in config]
+    other = [key for key in compared if config[key] != run.config.get(key)]
     if other:
         raise UserError(f"{path} is of another run: its {other[0]} is {config[other[0]]!r}")
     model = build_model(saved, str(path))
     data = open_dataset(config["dataset"], config["block_size"])
     data.vocab_size = model.config.vocab_size
-    found = {name: look["sha256"] for name, look in data.fingerprint(saved.get("data")).items()}
+    found = {name: file["sha256"] for name, file in data.fingerprint(saved.get("data")).items()}
     if found != run.config.get("data_sha256"):
         raise UserError(f"the files of {config['dataset']} are not those that {run.name} was trained on")
     return model.eval(), data
@@ -68,16 +68,15 @@ def probe(run: Run, batches: int = 8, batch_size: int = 16) -> list[Probe]:
 
 @torch.no_grad()
 def probe_model(model: GPT, data: TokenData, batches: int, batch_size: int) -> list[Probe]:
-    """Probe a model at every top_k."""
+    """Probe a model at every top_k. Its top_k and beta are the same afterwards."""
     results = []
     for top_k in range(1, model.config.n_exp + 1):
-        with_beta = _evaluate(model, data, top_k, batches, batch_size)
+        loss, set_changed, moved = _evaluate(model, data, top_k, batches, batch_size)
         beta = model.router_state.beta_coeff.clone()
         model.router_state.beta_coeff.zero_()
-        without = _evaluate(model, data, top_k, batches, batch_size)
+        loss_without, *_ = _evaluate(model, data, top_k, batches, batch_size)
         model.router_state.beta_coeff.copy_(beta)
-        loss, set_changed, moved = with_beta
-        results.append(Probe(top_k, loss, loss - without[0], set_changed, moved))
+        results.append(Probe(top_k, loss, loss - loss_without, set_changed, moved))
     return results
 
 
@@ -104,7 +103,7 @@ def _evaluate(model: GPT, data: TokenData, top_k: int, batches: int, batch_size:
 
 
 def gate_mass_moved(router: ChronoRouter, routing: Routing) -> Tensor:
-    """Mean over tokens of the gate mass that clean routing would have given to other experts: [], 0 to 1."""
+    """Mean over tokens of the gate mass that clean routing would give to other experts: [], 0 to 1."""
     clean, experts = routing.z_clean.topk(router.top_k, dim=-1)
     without = torch.zeros_like(routing.z_clean).scatter(-1, experts, router.gates_of(clean, routing.z_clean))
     used = torch.zeros_like(routing.z_clean).scatter(-1, routing.experts, routing.gates)

@@ -1,4 +1,4 @@
-"""report.html, report.md and the figures: the verdict first, then what it rests on."""
+"""Write report.html, report.md, comparison.json and the figures of a comparison."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from comparison.analysis import (
     Row,
     analyse,
     conclusion,
-    no_verdict,
-    planning_figure,
+    detectable,
     verdict,
+    why_no_verdict,
 )
 from comparison.probe import Probe, probe
 from comparison.runs import Arms, Run, effective
@@ -35,30 +35,31 @@ from trainer.files import atomic_write, parse_json, read_text
 
 COLUMNS = ["outcome", "contrast", "pairs", "mean difference", "95% interval", "p", "verdict", POWER_COLUMN]
 NOTE = (
-    "One outcome has a verdict, the validation loss. It, its contrasts and their order were fixed in advance: 'on' "
-    "against 'off' is tested at 5%; 'on' against 'shuffled' at 5%, only where the first finds an effect. So a study "
-    "without any effect claims one in at most 5% of cases. p is that of the sign-flip test, and the intervals invert "
-    "that test. The margin was declared in the settings of the runs: 'no effect' says that two one-sided tests at 5% "
-    "exclude effects as large. These tests take the differences to be symmetric about their mean. The other rows are "
-    "described by intervals, not corrected for their number. The last column is for planning: the effect that so many "
-    "pairs find in 80% of studies, by the spread seen, with the 95% interval that follows from knowing the spread from "
-    "these pairs only. Smaller effects are found too, less often. Layer coherence is a check that beta acted and no "
-    "outcome, because beta selects for it."
+    "Only the validation loss has a verdict. This outcome, its contrasts and their order were fixed in advance. 'on' "
+    "against 'off' is tested at 5%. 'on' against 'shuffled' is tested at 5%, only if the first contrast has an effect. "
+    "So a study without any effect reports one in at most 5% of cases. p is from the sign-flip test, and the intervals "
+    "are obtained by inverting this test. The margin was declared in the settings of the runs: 'no effect' means that "
+    "two one-sided tests at 5% exclude an effect as large as the margin. These tests assume that the differences are "
+    "symmetric about their mean. The other rows are described by intervals, which are not corrected for multiple "
+    "comparisons. The last column is for planning: with this number of pairs, an effect of this size is detected in "
+    "80% of studies, given the observed standard deviation. Its 95% interval reflects that the standard deviation is "
+    "estimated from these pairs. Smaller effects are detected less often. Layer coherence is not an outcome, because "
+    "beta selects for it; it is a check that beta acted."
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """All that a report tells."""
+    """The content of a report."""
 
     arms: Arms
-    differing: dict[str, list[str]]  # settings, and the values they have
-    left_out: list[str]
+    differing: dict[str, list[str]]  # settings that differ, with their values
+    left_out: list[str]  # a reason for each run that is left out
     command: str
     analysis: Analysis
-    probes: dict[str, list[Probe]]  # by arm, of one seed's models
-    looks: list[dict[str, Any]]  # what the reports that were written here before looked at
-    lost_looks: str | None = None  # why that is not known
+    probes: dict[str, list[Probe]]  # by arm, of one model per arm
+    earlier: list[dict[str, Any]]  # studies of the earlier reports in the same folder; see `study`
+    earlier_unknown: str | None = None  # why the earlier reports are not known
 
     @property
     def rows(self) -> list[Row]:
@@ -66,32 +67,34 @@ class Comparison:
 
     @property
     def sentences(self) -> list[str]:
-        """What bears on the verdict, then the verdicts in words, one for each contrast."""
+        """Warnings that concern the verdicts, then the verdicts in words, one per contrast."""
         verdicts = [verdict(self.analysis, r) for r in self.analysis.primary]
-        return [*self.analysis.warnings, *self.extensions, *verdicts]
+        return [*self.analysis.warnings, *self.changes, *verdicts]
 
     @property
-    def extensions(self) -> list[str]:
-        """A sentence for each earlier report over other pairs of the same study, or over other steps."""
+    def changes(self) -> list[str]:
+        """A warning for each earlier report on the same study that had other pairs or another number of steps."""
         found = []
-        if self.lost_looks is not None:
-            found.append(f"Whether this study was changed after an earlier report is not known: {self.lost_looks}.")
-        for before in self.looks:
-            now = self.look
+        if self.earlier_unknown is not None:
+            found.append(
+                f"Whether this study was changed after an earlier report is not known: {self.earlier_unknown}."
+            )
+        now = self.study
+        for before in self.earlier:
             if now is None or before["study"] != now["study"]:
                 continue
             if (before["seeds"], before["steps"]) != (now["seeds"], now["steps"]):
                 found.append(
                     f"This study was changed after its report was written: on {before['date']} it had "
                     f"{len(before['seeds'])} pairs of {before['steps']} steps, now it has {len(now['seeds'])} of "
-                    f"{now['steps']}. A study whose runs are chosen after a look at its result claims effects more "
-                    "often than p says."
+                    f"{now['steps']}. If runs are chosen after a result is known, a study reports effects more often "
+                    "than p says."
                 )
         return found
 
     @property
-    def look(self) -> dict[str, Any] | None:
-        """What this report shows of the first contrast: its study, by a digest of the settings, its pairs and steps."""
+    def study(self) -> dict[str, Any] | None:
+        """The first contrast's date, pairs and steps, and a digest of the settings of its arms."""
         row = self.analysis.row(FIRST)
         if row is None:
             return None
@@ -99,12 +102,12 @@ class Comparison:
         settings = [
             {k: v for k, v in effective(run.config).items() if k not in ("max_iters", "margin")} for run in runs
         ]
-        study = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-        return {"date": str(date.today()), "study": study, "seeds": sorted(row.differences), "steps": runs[0].steps}
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        return {"date": str(date.today()), "study": digest, "seeds": sorted(row.differences), "steps": runs[0].steps}
 
     @property
     def shown(self) -> dict[str, Run]:
-        """One run of each arm, of the same seed where possible: what per-expert figures show."""
+        """The run of each arm that per-expert figures show, of the same seed if possible."""
         common = set.intersection(*(set(members) for members in self.arms.values()))
         seed = min(common) if common else None
         return {arm: members.get(seed, next(iter(members.values()))) for arm, members in self.arms.items()}
@@ -118,11 +121,11 @@ def compare(
     command: str,
     out: Path,
 ) -> Comparison:
-    """Analyse the arms and probe one trained model of each that has a beta.
+    """Analyse the arms, and probe one trained model of each arm that has a beta.
 
-    lost: seeds of runs that could not be used, by arm. out: where the report will be.
+    lost: seeds of runs that cannot be used, by arm. out: folder of the report.
     """
-    comparison = Comparison(arms, differing, list(left_out), command, analyse(arms, lost), {}, *earlier_looks(out))
+    comparison = Comparison(arms, differing, list(left_out), command, analyse(arms, lost), {}, *earlier_studies(out))
     for arm, run in comparison.shown.items():
         if run.config.get("chrono_beta"):
             try:
@@ -132,17 +135,17 @@ def compare(
     return comparison
 
 
-def earlier_looks(out: Path) -> tuple[list[dict[str, Any]], str | None]:
-    """What the reports that were written into `out` before looked at, the oldest first; or why that is not known."""
+def earlier_studies(out: Path) -> tuple[list[dict[str, Any]], str | None]:
+    """(studies of the earlier reports in `out`, oldest first; why they are not known, or None)."""
     path = out / "comparison.json"
     try:
         before = parse_json(read_text(path))
-        looks = [
+        studies = [
             {"date": str(k["date"]), "study": str(k["study"]), "seeds": [*k["seeds"]], "steps": int(k["steps"])}
             for k in before["looks"]
         ]
-        lost = before.get("lost_looks")
-        return looks, None if lost is None else str(lost)
+        unknown = before.get("lost_looks")
+        return studies, None if unknown is None else str(unknown)
     except FileNotFoundError:
         return [], None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
@@ -150,9 +153,9 @@ def earlier_looks(out: Path) -> tuple[list[dict[str, Any]], str | None]:
 
 
 def write(out: Path, comparison: Comparison) -> dict[str, Path]:
-    """Write report.html, report.md, comparison.json and figures/ into `out`; returns the figures by title.
+    """Write report.html, report.md, comparison.json and figures/ into `out`. Returns the figures' paths by title.
 
-    Raises UserError if it cannot.
+    Raises UserError if a file cannot be written.
     """
     try:
         (out / "figures").mkdir(parents=True, exist_ok=True)
@@ -165,7 +168,7 @@ def write(out: Path, comparison: Comparison) -> dict[str, Path]:
         for name, content in (
             ("report.html", as_html(comparison, [(title, caption, svg) for title, caption, _, svg in drawn])),
             ("report.md", as_markdown(comparison, [(title, caption, name) for title, caption, name, _ in drawn])),
-            ("comparison.json", json.dumps(as_numbers(comparison), indent=1) + "\n"),
+            ("comparison.json", json.dumps(as_json(comparison), indent=1) + "\n"),
         ):
             with atomic_write(out / name) as f:
                 f.write(content.encode())
@@ -175,37 +178,38 @@ def write(out: Path, comparison: Comparison) -> dict[str, Path]:
 
 
 def draw(c: Comparison) -> list[tuple[str, str, Figure]]:
-    """(title, caption, figure) of everything there is to draw."""
-    start = next(iter(c.shown.values())).config["max_iters"] // 10
+    """(title, caption, figure) of every figure that the runs have data for."""
+    start = next(iter(c.shown.values())).steps // 10
     band = "Mean over seeds; the band reaches from the lowest to the highest seed."
     seeds = {run.seed for run in c.shown.values()}
     one = f"Seed {min(seeds)} of each arm." if len(seeds) == 1 else "One run of each arm."
     found = [
-        ("Paired differences", "Each dot is one seed; square and bar: mean and 95% interval; shaded: the margin.",
+        ("Paired differences", "Each dot is one seed. Square and bar: mean and 95% interval. Shaded: the margin.",
          figures.differences(c.analysis.primary) if c.analysis.primary else None),
-        ("Validation loss", f"{band} The first tenth is left out.",
+        ("Validation loss", f"{band} The first tenth of the steps is left out.",
          figures.curves(c.arms, "val/loss", "validation loss, nats per token", skip=start)),
-        ("Disagreement", f"Clean against used routing. {band}", figures.curves(c.arms, "/js", "JS, nats", log=True)),
+        ("Disagreement", f"JS divergence of clean and applied routing. {band}",
+         figures.curves(c.arms, "js", "JS, nats", log=True)),
         ("Relevance", f"Strength with which beta is applied. {band}",
-         figures.curves(c.arms, "/relevance", "r", ylim=(-0.05, 1.05))),
-        ("Load", f"Coefficient of variation of the experts' loads. {band}",
-         figures.curves(c.arms, "/load_cv", "load CV")),
-        ("Layer coherence", f"A check that beta acts, no outcome. {band}",
-         figures.curves(c.arms, "/layer", "token-weighted mean phi_slow")),
+         figures.curves(c.arms, "relevance", "r", ylim=(-0.05, 1.05))),
+        ("Load", f"Coefficient of variation of the load over experts. {band}",
+         figures.curves(c.arms, "load_cv", "load CV")),
+        ("Layer coherence", f"Not an outcome, but a check that beta acts. {band}",
+         figures.curves(c.arms, "layer", "token-weighted mean phi_slow")),
         ("Coherence of every expert", one, figures.experts(c.shown, "phi_slow", "phi_slow")),
         ("Coherence at the end", one, figures.heatmaps(c.shown, "phi_slow", "phi_slow")),
         ("Beta of every expert", one, figures.experts(c.shown, "beta", "beta")),
         ("Beta at the end", one, figures.heatmaps(c.shown, "beta", "beta")),
-        ("Prune proposals", f"A dry run: none was executed. {one}", figures.proposals(c.shown)),
-        ("Constraint probe", "The trained model evaluated at other top_k, with its beta less with beta 0: loss in "
-         f"nats, share of the top-K set changed, gate mass moved. {one}",
+        ("Prune proposals", f"Proposals only: no expert was pruned. {one}", figures.proposals(c.shown)),
+        ("Constraint probe", "The trained model evaluated at other values of top_k, with its beta and with beta 0: "
+         f"difference in loss in nats, share of the top-K set changed, gate mass moved. {one}",
          figures.probe(c.probes) if c.probes else None),
     ]  # fmt: skip
     return [(title, caption, figure) for title, caption, figure in found if figure is not None]
 
 
 def as_svg(figure: Figure) -> str:
-    """The figure as an <svg> element without background."""
+    """The figure as an <svg> element with a transparent background."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return buffer.getvalue()[buffer.getvalue().index("<svg") :]
@@ -219,7 +223,7 @@ def as_html(c: Comparison, drawn: list[tuple[str, str, str]]) -> str:
         conclusion=conclusion(c.analysis),
         verdicts=c.sentences,
         counts=_counts(c),
-        steps=f"{first.config['max_iters']:,}",
+        steps=f"{first.steps:,}",
         dataset=first.config["dataset"],
         date=date.today(),
         left_out=c.left_out,
@@ -236,24 +240,24 @@ def as_markdown(c: Comparison, drawn: list[tuple[str, str, str]]) -> str:
     first = next(iter(c.shown.values()))
     lines = ["# Beta on against beta off", "", f"**{conclusion(c.analysis)}**", ""]
     lines += [f"- {sentence}" for sentence in c.sentences]
-    lines += ["", f"{_counts(c)}; {first.config['max_iters']:,} steps on {first.config['dataset']}. {date.today()}."]
+    lines += ["", f"{_counts(c)}; {first.steps:,} steps on {first.config['dataset']}. {date.today()}."]
     if c.left_out:
         lines += ["", "Left out:", "", *(f"- {reason}" for reason in c.left_out)]
-    lines += ["", "Settings in which these runs differ:", ""]
+    lines += ["", "Settings that differ between these runs:", ""]
     lines += [f"- `{key}`: {', '.join(values)}" for key, values in c.differing.items()]
     lines += ["", "## All contrasts", "", NOTE, "", _table(COLUMNS), _table(["---"] * len(COLUMNS))]
     lines += [_table(cells(c.analysis, r)) for r in c.rows]
     for title, caption, path in drawn:
         lines += ["", f"## {title}", "", f"![{title}]({path})", "", caption]
-    return "\n".join([*lines, "", "## The command", "", f"    {c.command}"]) + "\n"
+    return "\n".join([*lines, "", "## Command", "", f"    {c.command}"]) + "\n"
 
 
-def as_numbers(c: Comparison) -> dict[str, Any]:
-    """comparison.json: what the report says, and each run's validation losses."""
+def as_json(c: Comparison) -> dict[str, Any]:
+    """The content of comparison.json: the numbers of the report, and the validation losses of each run."""
 
-    def plain(r: Row) -> dict[str, Any]:
+    def row(r: Row) -> dict[str, Any]:
         k = r.contrast
-        numbers = dataclasses.asdict(k) | {"planning": k.planning if k.enough else None}
+        numbers = dataclasses.asdict(k) | {"planning": k.detectable if k.is_enough else None}
         numbers |= {"pairs_to_decide": k.pairs_to_decide, "verdict": short_verdict(c.analysis, r)}
         # JSON has no infinity
         finite = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in numbers.items()}
@@ -264,6 +268,8 @@ def as_numbers(c: Comparison) -> dict[str, Any]:
         arm: {seed: dict(zip(*run.series("val/loss"))) for seed, run in sorted(members.items())}
         for arm, members in c.arms.items()
     }
+    study = c.study
+    is_new = study is not None and not any(before | {"date": None} == study | {"date": None} for before in c.earlier)
     return {
         "command": c.command,
         "date": str(date.today()),
@@ -271,9 +277,9 @@ def as_numbers(c: Comparison) -> dict[str, Any]:
         "verdicts": c.sentences,
         "differing": c.differing,
         "left_out": c.left_out,
-        "looks": [*c.looks, *([c.look] if c.look and not any(_same_look(k, c.look) for k in c.looks) else [])],
-        "lost_looks": c.lost_looks,
-        **{name: [plain(r) for r in getattr(c.analysis, name)] for name in ("primary", "described", "check")},
+        "looks": [*c.earlier, *([study] if is_new else [])],
+        "lost_looks": c.earlier_unknown,
+        **{name: [row(r) for r in getattr(c.analysis, name)] for name in ("primary", "described", "check")},
         "probes": {arm: [dataclasses.asdict(p) for p in found] for arm, found in c.probes.items()},
         "validation_loss": losses,
     }
@@ -283,25 +289,21 @@ def _counts(c: Comparison) -> str:
     return "Runs: " + ", ".join(f"{arm} {len(members)}" for arm, members in c.arms.items())
 
 
-def _same_look(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    return a | {"date": None} == b | {"date": None}
-
-
 def short_verdict(analysis: Analysis, r: Row) -> str:
-    """'effect', 'no effect', 'undecided', or 'none' for a row that has no verdict."""
-    if r not in analysis.primary or no_verdict(analysis, (r.a, r.b)) is not None:
+    """'effect', 'no effect', 'undecided', or 'none' for a row without a verdict."""
+    if r not in analysis.primary or why_no_verdict(analysis, (r.a, r.b)) is not None:
         return "none"
-    return "effect" if r.contrast.found else "no effect" if r.contrast.equivalent else "undecided"
+    return "effect" if r.contrast.is_effect else "no effect" if r.contrast.is_equivalent else "undecided"
 
 
 def cells(analysis: Analysis, r: Row) -> list[str]:
-    """The row of the table under COLUMNS."""
+    """The cells of a row under COLUMNS."""
     c, judged = r.contrast, short_verdict(analysis, r)
     difference = f"{c.mean:+.4g} {r.outcome.unit}".strip()
-    interval = f"{c.low:+.4g} to {c.high:+.4g}" if c.enough else ""
-    p = "" if judged == "none" else f"{c.p:.3g}" if c.exact else f"{c.p:.3g} (sampled)"
+    interval = f"{c.low:+.4g} to {c.high:+.4g}" if c.is_enough else ""
+    p = "" if judged == "none" else f"{c.p:.3g}" if c.is_exact else f"{c.p:.3g} (sampled)"
     note = "confounded" if r.confounders else judged if r in analysis.primary else ""
-    return [r.outcome.name, f"{r.a} - {r.b}", str(c.n), difference, interval, p, note, planning_figure(c)]
+    return [r.outcome.name, f"{r.a} - {r.b}", str(c.n), difference, interval, p, note, detectable(c)]
 
 
 def _table(cells: list[str]) -> str:

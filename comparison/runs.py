@@ -1,7 +1,7 @@
-"""Finished runs, from disk or from W&B, and which of them may be compared.
+"""Load finished runs from disk or from W&B, check that they are complete, and group them into arms and pairs.
 
-What two runs must have in common follows from the role of each setting (trainer/settings.py) and of each key that
-config.json has beside the settings (trainer/environment.py). No list is kept here.
+Which keys of config.json must agree between two runs follows from the role of each key: trainer/settings.py has the
+roles of the settings, trainer/environment.py those of the other keys.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -27,24 +28,22 @@ from trainer.settings import COMPARED, keys
 
 KEYS = keys()
 ROLES: dict[str, str] = {name: key.role for name, key in KEYS.items()} | ENVIRONMENT
-SHOWN = (*COMPARED, "machine", "pair")  # roles whose differences a report lists
+SHOWN = (*COMPARED, "machine", "pair")  # roles of the keys that a report lists if they differ
+PAIR_KEYS = tuple(key for key, role in ROLES.items() if role == "pair")
+RUN_FILES = ("config.json", "metrics.jsonl", checkpoint.NAME)  # a folder with one of them holds a run
 
-OF_A_PAIR = tuple(key for key, role in ROLES.items() if role == "pair")
-
-FILES = ("config.json", "metrics.jsonl", checkpoint.NAME)  # by any of them a folder is known to hold a run
-
-Arms = dict[str, dict[int, "Run"]]  # by arm and seed
+Arms = dict[str, dict[int, "Run"]]  # runs by arm and seed
 
 
 @dataclass(frozen=True)
 class Run:
-    """One finished run: its settings and its logged lines."""
+    """The settings and logs of one training run."""
 
     name: str  # its folder, or its name in W&B
     config: dict[str, Any]
-    lines: list[dict[str, Any]]
-    decisions: list[dict[str, Any]]  # prune proposals that opened or were withdrawn
-    folder: Path | None = None  # None: its files are not here
+    lines: list[dict[str, Any]]  # of metrics.jsonl
+    decisions: list[dict[str, Any]]  # prune proposals that were opened or withdrawn
+    folder: Path | None = None  # None: its files are not on this machine
 
     @property
     def seed(self) -> int:
@@ -60,25 +59,44 @@ class Run:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """The starts of the program that made the run."""
+        """The starts of train.py that made this run."""
         return self.config["history"]
 
     def values_over_starts(self, key: str) -> set[str]:
-        """The values that a key had while the steps that count were computed."""
+        """The values of a key in the starts whose steps are part of the run."""
         ends = [start["step"] for start in self.history[1:]] + [self.steps]
-        counted = [start for start, end in zip(self.history, ends) if start["step"] < end]
-        return {str(start.get(key, f"unknown in {self.name}")) for start in counted}
+        kept = [start for start, end in zip(self.history, ends) if start["step"] < end]
+        return {str(start.get(key, f"unknown in {self.name}")) for start in kept}
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
-        """(steps, values) of the lines that have a value of that metric."""
+        """(steps, values) of the lines that have a value of the metric."""
         found = [(line["step"], line[name]) for line in self.lines if line.get(name) is not None]
         return [step for step, _ in found], [value for _, value in found]
+
+    def values(self, name: str, after: float = -1) -> dict[int, list[float]]:
+        """Step -> values of the metrics with this name, or with this name after a "/" (one per layer), after a step."""
+        found = {}
+        for line in self.lines:
+            names = [n for n in line if n == name or n.endswith("/" + name)] if line["step"] > after else []
+            values = [line[n] for n in names if line[n] is not None]
+            if values:
+                found[line["step"]] = values
+        return found
+
+    def by_expert(self, name: str) -> dict[tuple[int, int], tuple[list[int], list[float]]]:
+        """(transformer block, expert) -> (steps, values) of a metric of the experts."""
+        metrics = {metric for line in self.lines for metric in line}
+        matches = [re.fullmatch(rf"expert/L(\d+)_E(\d+)/{name}", metric) for metric in metrics]
+        found = sorted((int(m[1]), int(m[2]), m[0]) for m in matches if m)
+        return {(block, e): self.series(metric) for block, e, metric in found if self.series(metric)[0]}
 
 
 class Unusable(UserError):
     """A run that cannot be compared.
 
-    arm, seed: those that it would have had, None if they are not known. is_run: there is a run, whatever it is.
+    Attributes:
+        arm, seed: of the run; None if unknown.
+        is_run: False if there is no run at all.
     """
 
     def __init__(self, message: str, config: Mapping[str, Any] | None = None, is_run: bool = True):
@@ -91,21 +109,21 @@ class Unusable(UserError):
 
 
 def load_run(folder: Path) -> Run:
-    """The run in a folder. Raises Unusable if there is none, or it cannot be compared; see `checked`."""
+    """Load the run in a folder. Raises Unusable if there is none or if it cannot be compared; see `checked`."""
     saved = _last_checkpoint(folder)
-    before = saved.get("config") if isinstance(saved.get("config"), dict) else None
+    saved_config = saved.get("config") if isinstance(saved.get("config"), dict) else None
     try:
         config = parse_json(read_text(folder / "config.json"))
         text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
         if not isinstance(config, dict):
             raise ValueError("config.json is not that of a run")
     except FileNotFoundError as e:
-        is_run = any((folder / name).exists() for name in FILES)
-        raise Unusable(f"{folder}: no {Path(e.filename).name}, so this is no run", before, is_run) from None
+        is_run = any((folder / name).exists() for name in RUN_FILES)
+        raise Unusable(f"{folder}: no {Path(e.filename).name}, so this is no run", saved_config, is_run) from None
     except (OSError, ValueError) as e:
-        raise Unusable(f"{folder}: cannot be read ({e})", before) from None
+        raise Unusable(f"{folder}: cannot be read ({e})", saved_config) from None
     if "vocab_size" not in config and isinstance(saved.get("model_args"), dict):
-        config["vocab_size"] = saved["model_args"].get("vocab_size")  # an older version did not write it
+        config["vocab_size"] = saved["model_args"].get("vocab_size")  # older versions did not write it
     lines = []
     for number, line in enumerate(text.splitlines(), 1):
         try:
@@ -122,7 +140,7 @@ def load_run(folder: Path) -> Run:
 
 
 def _last_checkpoint(folder: Path) -> dict[str, Any]:
-    """The last checkpoint without its tensors; empty if it is not there or cannot be read."""
+    """The last checkpoint without its tensors; empty if it does not exist or cannot be read."""
     try:
         return checkpoint.without_tensors(folder / checkpoint.NAME)
     except (OSError, checkpoint.Damaged):
@@ -132,9 +150,9 @@ def _last_checkpoint(folder: Path) -> dict[str, Any]:
 def _decisions(path: Path) -> list[dict[str, Any]]:
     try:
         found = [parse_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        kinds = {"expert_id": str, "reason": str, "action": str, "step": int}
-        if not all(isinstance(d[key], kind) for d in found for key, kind in kinds.items()):
-            raise ValueError("a line is no proposal")
+        types = {"expert_id": str, "reason": str, "action": str, "step": int}
+        if not all(isinstance(decision[key], kind) for decision in found for key, kind in types.items()):
+            raise ValueError("a line is not a prune proposal")
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError) as e:
@@ -143,7 +161,7 @@ def _decisions(path: Path) -> list[dict[str, Any]]:
 
 
 def _check_digests(run: Run, saved: Mapping[str, Any]) -> None:
-    """Raises UserError if the run's logs are not those that its last checkpoint, `saved`, was saved with."""
+    """Raises UserError if the run's logs do not match the digests in its last checkpoint `saved`."""
     counts, digests = saved.get("lines"), saved.get("lines_sha256")
     if not (isinstance(counts, dict) and isinstance(digests, dict)):
         return
@@ -157,7 +175,10 @@ def _check_digests(run: Run, saved: Mapping[str, Any]) -> None:
 
 
 def checked(run: Run) -> Run:
-    """The run, if it is finished, of one setting, and its logs are complete. Raises UserError if not."""
+    """The run, with its settings in their types and only the evaluations of its schedule.
+
+    Raises UserError if the run is not finished, has no single setting, or its logs are incomplete.
+    """
     name, config = run.name, run.config
     for key in ("seed", "max_iters", "eval_interval", "log_interval", "dataset"):
         if key not in config:
@@ -172,29 +193,35 @@ def checked(run: Run) -> Run:
     last = run.lines[-1]["step"] if run.lines else 0
     if last < run.steps or not run.lines:
         raise UserError(f"{name}: at step {last} of {run.steps}, still training or stopped")
+    _check_arm(run)
+    if config.get("weights_sha256") == UNKNOWN:
+        raise UserError(f"{name}: an older version wrote it, and its initial weights are not known")
+    if config.get("incomplete"):
+        raise UserError(f"{name}: its logs are incomplete: {_joined(config['incomplete'])}")
+    history = config.get("history")
+    if not (history and isinstance(history, list) and all(_is_start(start) for start in history)):
+        raise UserError(f"{name}: it has no history of its starts, so whether its settings changed is not known")
+    changed = {key for start in history for key in start.get("changed") or {} if _must_not_change(key)}
+    if changed:
+        raise UserError(f"{name}: it was resumed with another {', '.join(sorted(changed))}, so it has no one setting")
+    # recorded because a run that continues from another program's checkpoint does not begin at step 0
+    return _with_complete_logs(replace(run, config=config | {"first_step": history[0]["step"]}))
+
+
+def _check_arm(run: Run) -> None:
+    """Raises UserError if the run has no arm, or if the arm does not match the settings."""
+    name, config = run.name, run.config
     if "arm" not in config:
         resume = f"; train.py --init_from=resume --out_dir={name} adds it" if run.folder else ""
-        raise UserError(f"{name}: an older version wrote it, without the arm that it belongs to{resume}")
+        raise UserError(f"{name}: an older version wrote it, without its arm{resume}")
     if config["arm"] not in (*ARMS, CUSTOM):
         raise UserError(f"{name}: there is no arm {config['arm']!r}")
     wrong = contradiction(config["arm"], config)
     if wrong is not None:
         raise UserError(f"{name}: its arm is {config['arm']!r}, but {wrong} is {config.get(wrong)!r}")
-    if config.get("weights_sha256") == UNKNOWN:
-        raise UserError(f"{name}: an older version wrote it, and which weights it started from is not known")
-    if config.get("incomplete"):
-        raise UserError(f"{name}: its logs are not whole: {_words(config['incomplete'])}")
-    history = config.get("history")
-    if not (history and isinstance(history, list) and all(_is_start(start) for start in history)):
-        raise UserError(f"{name}: it has no history of its starts, so whether its settings changed is not known")
-    changed = {key for start in history for key in start.get("changed") or {} if _must_stay(key)}
-    if changed:
-        raise UserError(f"{name}: it was resumed with another {', '.join(sorted(changed))}, so it has no one setting")
-    # a run that goes on from another program's checkpoint has steps that are not its own
-    return _with_whole_logs(replace(run, config=config | {"first_step": history[0]["step"]}))
 
 
-def _words(sentences: Any) -> str:
+def _joined(sentences: Any) -> str:
     return "; ".join(map(str, sentences)) if isinstance(sentences, list) else str(sentences)
 
 
@@ -204,20 +231,19 @@ def _is_start(start: Any) -> bool:
     )
 
 
-def _must_stay(key: str) -> bool:
-    """Whether a run resumed with another value of the key is no run of one setting. A run may be made longer."""
+def _must_not_change(key: str) -> bool:
+    """Whether a run resumed with another value of the key cannot be compared. The number of steps may grow."""
     return ROLES.get(key, "computed") in (*COMPARED, "arm", "seed") and ROLES.get(key) != "length"
 
 
-def _with_whole_logs(run: Run) -> Run:
-    """The run with the evaluations of its schedule only. Raises UserError if a line is missing or one too many."""
+def _with_complete_logs(run: Run) -> Run:
+    """The run with only the evaluations of its schedule. Raises UserError if a line is missing, repeated or extra."""
     name, steps = run.name, [line["step"] for line in run.lines]
     for before, step in itertools.pairwise(steps):
         if step <= before:
-            raise UserError(f"{name}: step {step} is logged after step {before}: lines are there twice or out of order")
+            raise UserError(f"{name}: step {step} is logged after step {before}: its lines are repeated or unordered")
     if steps[-1] > run.steps:
         raise UserError(f"{name}: it was logged up to step {steps[-1]}, beyond its max_iters of {run.steps}")
-
     first = run.history[0]["step"]
 
     def missing(interval: int, found: set[int]) -> int | None:
@@ -236,7 +262,7 @@ def _with_whole_logs(run: Run) -> Run:
         step = missing(run.config["log_interval"], set(steps))
         if step is not None:
             raise UserError(f"{name}: the line of step {step} is missing from its logs")
-    # a run that was made longer was evaluated at its earlier end too
+    # a run whose max_iters was raised was also evaluated at its earlier end
     lines = [line if _is_scheduled(run, line["step"]) else _without_evaluation(line) for line in run.lines]
     return replace(run, lines=lines)
 
@@ -250,36 +276,49 @@ def _without_evaluation(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_runs(sources: Iterable[Any], load: Callable[[Any], Run] = load_run) -> tuple[list[Run], list[Unusable]]:
-    """The runs that can be compared, and for each that cannot, why.
+    """The runs that can be compared, and an error for each of the others.
 
-    sources: folders, or whatever `load` makes a Run of.
+    sources: folders, or other values that `load` accepts.
     """
     runs: list[Run] = []
-    left_out: list[Unusable] = []
+    unusable: list[Unusable] = []
     for source in sources:
         try:
             runs.append(load(source))
         except Unusable as e:
-            left_out.append(e)
-    return runs, left_out
+            unusable.append(e)
+    return runs, unusable
+
+
+def lost_seeds(unusable: Iterable[Unusable], arms: Arms) -> dict[str, set[str]]:
+    """Seeds of runs that cannot be compared, by arm, unless another run of the arm has the seed.
+
+    An unknown seed is "unknown". A run of an unknown arm counts for every arm.
+    """
+    lost: dict[str, set[str]] = {}
+    for e in (e for e in unusable if e.is_run):
+        for arm in [e.arm] if e.arm else arms:
+            if e.seed is None or e.seed not in arms.get(arm, {}):
+                lost.setdefault(arm, set()).add("unknown" if e.seed is None else str(e.seed))
+    return lost
 
 
 def expand(folders: Iterable[Path]) -> list[Path]:
-    """The folders of runs: those given, and in the place of one that holds no run itself, those inside it that do."""
+    """The folders of runs: a folder that holds no run itself is replaced by those inside it that do."""
     found: list[Path] = []
     for folder in folders:
-        inside = sorted({path.parent for name in FILES for path in folder.glob(f"*/{name}")})
+        inside = sorted({path.parent for name in RUN_FILES for path in folder.glob(f"*/{name}")})
         found += inside if inside and not (folder / "config.json").exists() else [folder]
     return found
 
 
 def value_of(config: Mapping[str, Any], key: str) -> Any:
-    """The value of a key of config.json; a setting that an older version did not have is at its default."""
+    """The value of a key of config.json; the default for a setting that the run's version did not have."""
     return config.get(key, KEYS[key].default if key in KEYS else None)
 
 
 def effective(config: Mapping[str, Any], roles: tuple[str, ...] = COMPARED) -> dict[str, Any]:
-    """The keys of these roles whose values have an effect, with their values. A key that is not known is 'computed'."""
+    """The keys of these roles whose values have an effect, with their values. An unknown key has role 'computed'."""
     values = {key: value_of(config, key) for key in config.keys() | KEYS.keys() | ENVIRONMENT.keys()}
     return {
         key: value
@@ -295,7 +334,7 @@ def differing(a: Mapping[str, Any], b: Mapping[str, Any], roles: tuple[str, ...]
 
 
 def confounders(arms: Arms, a: str, b: str) -> list[str]:
-    """Settings in which two arms differ besides those that define them, as "key (value in a, value in b)"."""
+    """Settings in which two arms differ, except those that define them: "key (value in a against value in b)"."""
     one, other = (next(iter(arms[name].values())).config for name in (a, b))
     defining = ARMS.get(a, {}).keys() | ARMS.get(b, {}).keys()
     return [
@@ -305,8 +344,8 @@ def confounders(arms: Arms, a: str, b: str) -> list[str]:
     ]
 
 
-def other_machine(arms: Arms, a: str, b: str) -> str | None:
-    """A line on the keys by which the machines of all runs of one arm differ from those of the other, or None."""
+def machine_difference(arms: Arms, a: str, b: str) -> str | None:
+    """A warning if every run of arm a had another machine or version than every run of arm b, or None."""
     configs = [[run.config for run in arms[name].values()] for name in (a, b)]
     values = {
         key: [{json.dumps(config[key]) for config in of_an_arm if key in config} for of_an_arm in configs]
@@ -314,13 +353,13 @@ def other_machine(arms: Arms, a: str, b: str) -> str | None:
         if role == "machine" and key not in ("git_commit", "backend")
     }
     apart = [key for key, (ours, theirs) in values.items() if ours and theirs and not ours & theirs]
-    return f"all runs of '{a}' and '{b}' differ in {', '.join(apart)}, and so perhaps in rounding" if apart else None
+    return f"all runs of '{a}' and '{b}' differ in {', '.join(apart)}, so rounding may differ" if apart else None
 
 
 def group_into_arms(runs: list[Run]) -> tuple[Arms, dict[str, list[str]], list[str]]:
-    """Runs by arm and seed; the settings in which they differ, with their values; a line for each run left out.
+    """Group runs by arm and seed. Returns (arms, settings that differ with their values, reasons for runs left out).
 
-    The runs of one arm compute the same but for the seed: what most of them compute. The others are left out.
+    Within an arm, runs whose settings differ from those of most runs are left out.
     """
     arms: Arms = {}
     left_out = []
@@ -338,18 +377,21 @@ def group_into_arms(runs: list[Run]) -> tuple[Arms, dict[str, list[str]], list[s
                 left_out.append(f"{run.name}: seed {run.seed} of arm {arm!r} is already {arms[arm][run.seed].name}")
             else:
                 arms[arm][run.seed] = run
-    kept = [effective(run.config, SHOWN) for members in arms.values() for run in members.values()]
-    names = sorted(set().union(*kept))
-    values = {name: sorted({json.dumps(config[name]) for config in kept if name in config}) for name in names}
+    configs = [effective(run.config, SHOWN) for members in arms.values() for run in members.values()]
+    names = sorted(set().union(*configs))
+    values = {name: sorted({json.dumps(config[name]) for config in configs if name in config}) for name in names}
     return arms, {name: found for name, found in values.items() if len(found) > 1}, left_out
 
 
 def pairs(arms: Arms, a: str, b: str) -> tuple[list[tuple[Run, Run]], list[str]]:
-    """The runs of arms a and b with the same seed, and a line for each pair whose code or precision differs."""
+    """The pairs of runs of arms a and b with the same seed, and a reason for each pair that is left out.
+
+    A pair is left out if its two runs differ in code or matmul precision.
+    """
     good, left_out = [], []
     for seed in sorted(arms[a].keys() & arms[b].keys()):
         pair = arms[a][seed], arms[b][seed]
-        mixed = [key for key in OF_A_PAIR if len(set().union(*(run.values_over_starts(key) for run in pair))) > 1]
+        mixed = [key for key in PAIR_KEYS if len(set().union(*(run.values_over_starts(key) for run in pair))) > 1]
         if mixed:
             keys = " and ".join(mixed)
             left_out.append(f"{a} - {b}, seed {seed}: the pair is left out, its {keys} differ or are not recorded")

@@ -1,7 +1,7 @@
-"""Train every arm with every seed: what is finished is kept, what was stopped goes on, several runs at a time.
+"""Train every arm with every seed, several runs at a time. Finished runs are kept, interrupted runs are resumed.
 
-A run that is there counts only if it is the run that is asked for: the same settings, data, initial weights and arm.
-Otherwise nothing is started.
+An existing run is used only if its settings, data, initial weights and arm are the requested ones. Otherwise no run is
+started.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ LOG = "train.log"
 
 @dataclass
 class Job:
-    """One run of the study: an arm with a seed."""
+    """One training run of the study."""
 
     arm: str
     seed: int
     out_dir: Path
-    arguments: list[str]  # train.py's, complete
+    arguments: list[str]  # the full command line of train.py
     steps: int
-    log_start: int = 0  # where in its log file this start begins
+    log_start: int = 0  # offset in the log file at which the current start begins
 
     @property
     def done(self) -> int:
-        """Steps that the run has logged."""
+        """The last step that the run has logged."""
         try:
             with (self.out_dir / "metrics.jsonl").open("rb") as f:
                 steps = [parse_json(line)["step"] for line in f if line.endswith(b"\n")]
@@ -57,12 +57,12 @@ class Job:
 
     @property
     def finished(self) -> bool:
-        """Whether all is done. A run whose config.json is damaged is resumed, which writes it again."""
+        """Whether no step is left. A run with a damaged config.json is resumed, which writes the file again."""
         return self.done >= self.steps and _config_json(self.out_dir) is not None
 
     @property
     def locked(self) -> bool:
-        """Whether a process is writing the run."""
+        """Whether another process holds the lock on the run's folder."""
         if not (self.out_dir / LOCK).exists():
             return False
         lock = FileLock(self.out_dir / LOCK)
@@ -76,7 +76,7 @@ class Job:
         return False
 
     def failure(self, status: int) -> str:
-        """Why the process ended, by what it printed."""
+        """Why the process failed, from its exit status and its log."""
         with (self.out_dir / LOG).open("rb") as f:
             f.seek(self.log_start)
             lines = f.read().decode(errors="replace").splitlines()
@@ -84,39 +84,38 @@ class Job:
         if errors:
             return errors[-1]
         if status == 0:
-            return f"it ended at step {self.done} of {self.steps}; see {self.out_dir / LOG}"
+            return f"ended at step {self.done} of {self.steps}; see {self.out_dir / LOG}"
         how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
         return f"{how}; see {self.out_dir / LOG}"
 
 
 def plan(arguments: list[str], out: Path, arms: list[str], seeds: int) -> list[Job]:
-    """The study's runs, seed by seed, so that whole pairs are there early.
+    """The runs of a study, ordered by seed, so that complete pairs are available early.
 
-    arguments: train.py's, for all arms; what an arm sets itself wins. Raises UserError for an unknown arm, settings
-    that make no sense, or a run in `out` that is not the one asked for.
+    arguments: of train.py, for all arms; the settings that define an arm override them. Raises UserError for an unknown
+    arm, invalid settings, or a run in `out` that is not the requested one.
     """
     unknown = [arm for arm in arms if arm not in ARMS]
     if unknown:
         raise UserError(f"--arms: there is no arm {unknown[0]!r}; there are {', '.join(ARMS)}")
     if len(set(arms)) < len(arms):
-        raise UserError(f"--arms={','.join(arms)}: an arm is there twice")
+        raise UserError(f"--arms={','.join(arms)}: an arm is given twice")
     given = setting.given([*arguments, "--arm="])
     if given.get("eval_only"):
         raise UserError("eval_only=True: a study trains its runs")
     source = given.get("init_from", "scratch").removeprefix("auto:")
     if source == "resume":
-        raise UserError("init_from='resume': a study starts its runs itself, and goes on with those that stopped")
+        raise UserError("init_from='resume': a study resumes its own interrupted runs; leave init_from out")
     source = "scratch" if source == "auto" else source
     jobs, wanted = [], {}
     for arm in arms:
-        own = [a for a in arguments if a.removeprefix("--").partition("=")[0] not in ARMS[arm]]
-        own += [f"--arm={arm}", f"--init_from={'auto' if source == 'scratch' else f'auto:{source}'}"]
-        wanted[arm] = resolved(own, source)
+        of_arm = [a for a in arguments if a.removeprefix("--").partition("=")[0] not in ARMS[arm]]
+        of_arm += [f"--arm={arm}", f"--init_from={'auto' if source == 'scratch' else f'auto:{source}'}"]
+        wanted[arm] = resolved(of_arm, source)
         for seed in range(1, seeds + 1):
             out_dir = out / f"{arm}_seed{seed}"
-            jobs.append(
-                Job(arm, seed, out_dir, [*own, f"--seed={seed}", f"--out_dir={out_dir}"], wanted[arm]["max_iters"])
-            )
+            of_run = [*of_arm, f"--seed={seed}", f"--out_dir={out_dir}"]
+            jobs.append(Job(arm, seed, out_dir, of_run, wanted[arm]["max_iters"]))
     jobs.sort(key=lambda job: job.seed)
     data: dict[str, Any] = {}
     for job in jobs:
@@ -128,7 +127,7 @@ def plan(arguments: list[str], out: Path, arms: list[str], seeds: int) -> list[J
 
 
 def resolved(arguments: list[str], source: str) -> dict[str, Any]:
-    """Every setting that train.py takes these arguments to mean, here, and the digest of the weights to start from."""
+    """All settings that train.py derives from these arguments on this machine, and the digest of initial weights."""
     start = resume.resolve_start(setting.given(arguments) | {"init_from": source})
     s = start.settings
     device = select_device(s.device)
@@ -137,15 +136,15 @@ def resolved(arguments: list[str], source: str) -> dict[str, Any]:
 
 
 def identity_of_data(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of config.json that say what the dataset is. With weights to start from, the vocabulary is theirs."""
+    """The keys of config.json that identify the dataset. Initial weights determine the vocabulary."""
     data = open_dataset(config["dataset"], config["block_size"])
     data.vocab_size = config["vocab_size"] or data.vocab_size
-    sha256 = {name: look["sha256"] for name, look in data.fingerprint().items()}
+    sha256 = {name: file["sha256"] for name, file in data.fingerprint().items()}
     return {"data_sha256": sha256, "vocab_size": data.vocab_size}
 
 
 def load(job: Job) -> Run:
-    """The run of a job. Raises Unusable, with the job's arm and seed."""
+    """The finished run of a job. Raises Unusable, with the arm and seed of the job."""
     try:
         return load_run(job.out_dir)
     except Unusable as e:
@@ -162,7 +161,7 @@ def _config_json(out_dir: Path) -> dict[str, Any] | None:
 
 
 def config_of(out_dir: Path) -> dict[str, Any] | None:
-    """The settings of the run in a folder, by config.json or else by its checkpoint; None if there is no run."""
+    """The settings of the run in a folder, from config.json or else from its checkpoint; None if there is no run."""
     config = _config_json(out_dir)
     if config is not None or not checkpoint.exists(out_dir):
         return config
@@ -170,30 +169,30 @@ def config_of(out_dir: Path) -> dict[str, Any] | None:
     files = saved.get("data") or {}
     return saved["config"] | {
         "weights_sha256": saved.get("weights_sha256"),
-        "data_sha256": {name: look["sha256"] for name, look in files.items()},
+        "data_sha256": {name: file["sha256"] for name, file in files.items()},
         "vocab_size": saved["model_args"].get("vocab_size"),
     }
 
 
 def check_same(job: Job, config: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raises UserError if the run that is there is not the one asked for. It may be shorter: then it goes on."""
+    """Raises UserError if an existing run is not the requested one. It may have fewer steps: then it is continued."""
     for key in differing(config, wanted, (*COMPARED, "arm", "seed")):
-        theirs, ours = value_of(config, key), value_of(wanted, key)
-        shorter = key == "max_iters" and isinstance(theirs, int) and theirs < ours
-        # what else config.json holds is of the machine that ran it; an older version did not write all of it
-        here = key in wanted and (key in config or key in setting.keys())
-        if here and not shorter:
+        existing, requested = value_of(config, key), value_of(wanted, key)
+        is_shorter = key == "max_iters" and isinstance(existing, int) and existing < requested
+        # config.json also describes the machine, and older versions did not write every key
+        is_known = key in wanted and (key in config or key in setting.keys())
+        if is_known and not is_shorter:
             raise UserError(
-                f"{job.out_dir} holds a run with {key}={theirs!r}, and {key}={ours!r} is asked for: give another "
-                "--out_dir, or remove it"
+                f"{job.out_dir} holds a run with {key}={existing!r}, but {key}={requested!r} is requested: give "
+                "another --out_dir, or remove the run"
             )
 
 
 def train_all(jobs: list[Job], parallel: int, interrupt: Interrupt) -> list[Job]:
-    """Run what is not finished, `parallel` at a time with equal threads. Returns the jobs that failed.
+    """Train the unfinished runs, `parallel` at a time with an equal number of threads. Returns the jobs that failed.
 
-    After a signal the running processes are stopped; each saves a checkpoint, and the same command continues from
-    there. They do the same by themselves if this process is killed.
+    A signal stops the running processes. Each saves a checkpoint, so that the same command continues from there. The
+    processes also stop if this process is killed.
     """
     threads = max(1, (os.cpu_count() or 1) // parallel)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), PARENT: str(os.getpid())}
@@ -206,7 +205,7 @@ def train_all(jobs: list[Job], parallel: int, interrupt: Interrupt) -> list[Job]
             for job in list(waiting):
                 if len(running) < parallel and not job.locked:
                     waiting.remove(job)
-                    if not job.finished:  # the process that held the lock may have finished it
+                    if not job.finished:  # another process may have finished it meanwhile
                         running[_start(job, environment)] = job
             time.sleep(0.5)
             for process in [p for p in running if p.poll() is not None]:
@@ -214,17 +213,17 @@ def train_all(jobs: list[Job], parallel: int, interrupt: Interrupt) -> list[Job]
                 if (process.returncode != 0 or not job.finished) and not interrupt.received:
                     failed.append(job)
                     bar.write(f"failed: {job.out_dir}: {job.failure(process.returncode)}")
-            under_way = ", ".join(f"{job.arm} {job.seed}" for job in running.values())
+            state = ", ".join(f"{job.arm} {job.seed}" for job in running.values())
             if waiting and not running and waiting[0].locked:
-                under_way = f"waiting for the process that writes {waiting[0].out_dir}"
-            bar.set_postfix_str(under_way)
+                state = f"waiting for the process that is writing to {waiting[0].out_dir}"
+            bar.set_postfix_str(state)
             bar.update(sum(job.done for job in jobs) - bar.n)
         if interrupt.received:
             for process in running:
                 process.terminate()
             for process in running:
                 process.wait()
-            bar.write("stopped, and the runs under way are saved: the same command goes on")
+            bar.write("stopped, and the unfinished runs are saved; to continue: repeat the command")
     return failed
 
 
@@ -232,7 +231,7 @@ def _start(job: Job, environment: Mapping[str, str]) -> subprocess.Popen:
     job.out_dir.mkdir(parents=True, exist_ok=True)
     with (job.out_dir / LOG).open("ab") as log:
         job.log_start = log.tell()
-        # its own session: Ctrl-C reaches it through us, once
+        # in its own session: Ctrl-C must not reach it directly, because train_all passes it on as a signal
         return subprocess.Popen(
             [sys.executable, str(TRAIN), *job.arguments],
             env=environment,

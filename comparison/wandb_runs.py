@@ -1,4 +1,4 @@
-"""The comparison in Weights & Biases: runs read from a project, and the comparison logged as a run of its own."""
+"""Weights & Biases: read the runs of a project, and log a comparison as a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trainer.wandb_run import WandbRun
 
 
 def fetch(project: str) -> list[Any]:
-    """The runs of `entity/project`, but for comparisons. Raises UserError if they cannot be had."""
+    """The training runs of `entity/project`. Raises UserError if W&B does not answer."""
     import wandb
 
     try:
@@ -24,7 +24,7 @@ def fetch(project: str) -> list[Any]:
 
 
 def load(source: Any) -> Run:
-    """A Run from one of wandb's, with the history of its starts. Prune proposals and checkpoints are on disk only."""
+    """Convert a run of the W&B API. Raises Unusable. Prune proposals and checkpoints are not in W&B."""
     config: dict[str, Any] = {}
     try:
         config = {key: value for key, value in source.config.items() if not key.startswith("_")}
@@ -39,14 +39,14 @@ def load(source: Any) -> Run:
 
 
 def plain(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of W&B's history as a line of metrics.jsonl: numbers alone, without W&B's own columns."""
+    """A row of W&B's history as a line of metrics.jsonl: only numbers, without W&B's own columns."""
     numbers = {k: v for k, v in row.items() if not k.startswith("_") and isinstance(v, (int, float))}
     values = {k: v if math.isfinite(v) else None for k, v in numbers.items()}
     return values | {"step": int(row["step"])}
 
 
 def log(out: Path, comparison: Comparison, drawn: dict[str, Path]) -> None:
-    """Log the verdict, the table and the figures as a run with job type `comparison`."""
+    """Log verdict, table and figures as a W&B run with job type `comparison`. drawn: figures' paths by title."""
     config = next(iter(comparison.shown.values())).config
     run = WandbRun(
         print,
