@@ -21,7 +21,7 @@ from comparison.runs import load_run
 from comparison.sweep import Job, plan
 from tests.comparison.studies import change_config, error_of
 from tests.helpers.child import wait_for
-from tests.helpers.models import build, chrono, draw_beta, tokens
+from tests.helpers.models import build, chrono, tokens
 from tests.helpers.runs import ROOT, write_dataset
 from trainer.data import EVAL_SEED
 
@@ -159,9 +159,8 @@ def test_changed_log_or_checkpoint_of_a_finished_run_is_detected(study, tmp_path
 
 @torch.no_grad()
 def test_probe_measures_the_effect_of_beta_and_restores_the_model():
-    model, _ = build(chrono())
+    model, _ = build(chrono(), beta=0.3)
     model.eval()
-    draw_beta(model, size=0.3)
     beta, data = model.router_state.beta_coeff.clone(), Mock()
     data.batch.side_effect = lambda split, seed, step, micro, batch_size: tokens(micro, batch_size)
     found = probe_model(model, data, batches=2, batch_size=4)

@@ -82,8 +82,8 @@ def train_step(model, loop, optimizer, batches, forward=None, logged=True) -> to
     return trace.cross_entropy / trace.batches
 
 
-def adamw(model) -> torch.optim.AdamW:
-    return model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+def adamw(model, learning_rate: float = 1e-3) -> torch.optim.AdamW:
+    return model.configure_optimizers(0.1, learning_rate, (0.9, 0.95), "cpu")
 
 
 def loop_state(loop) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ import torch
 
 import train
 from tests.helpers import child, runs
-from tests.helpers.models import adamw, build, chrono, draw_beta, tokens, train_step
+from tests.helpers.models import adamw, build, chrono, tokens, train_step
 from trainer import checkpoint, checkpointer
 from trainer.checkpointer import Checkpointer, copy_to_cpu
 from trainer.distributed import World
@@ -45,8 +45,7 @@ def test_a_checkpoint_has_exactly_these_keys_and_agrees_with_the_logs(full_run):
 
 def run_of(seed):
     """A Checkpointer's arguments, whose every state depends on the seed."""
-    model, loop = build(chrono(eta=0.1), seed=seed)
-    draw_beta(model, seed)
+    model, loop = build(chrono(eta=0.1), seed=seed, beta=seed)
     optimizer, guard, progress = adamw(model, seed * 1e-3), NonFiniteGuard(model), Progress()
     train_step(model, loop, optimizer, [tokens(seed)])
     guard.total += seed
