@@ -51,11 +51,17 @@ def describe_environment() -> dict[str, Any]:
 
 def git_commit() -> str | None:
     """The commit of this checkout, with '-dirty' if files differ from it; None outside git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        commit = _git("describe", "--always", "--abbrev=40")
+        # describe --dirty would rewrite the index, and on a full disk leave its lock behind
+        changes = _git("--no-optional-locks", "status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.CalledProcessError):
         return None
+    return f"{commit}-dirty" if changes else commit
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
 @functools.cache

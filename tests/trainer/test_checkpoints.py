@@ -90,40 +90,32 @@ class Log(NoLog):
         child.wait_for(lambda: self.is_open)
 
 
-@pytest.fixture
-def small(tmp_path):
-    """small(**options): a Checkpointer at step 0."""
-
-    def make(**options):
-        *states, progress = run_of(1)
-        progress.step = 0
-        return checkpointer_of(tmp_path, *states, progress, log=Log(), **options)
-
-    return make
+def logging_checkpointer(out, **options):
+    return checkpointer_of(out, *run_of(1), log=Log(), **options)
 
 
-def test_a_save_returns_while_the_disk_hangs_and_writes_the_state_of_its_call(small, tmp_path):
-    saving = small(interval=1)
+def test_a_save_returns_while_the_disk_hangs_and_writes_the_state_of_its_call(tmp_path):
+    saving = logging_checkpointer(tmp_path, interval=2)
     saving.log.is_open, saving.progress.step = False, 1
     before = state_of(saving)["model"]
     saving.save()
     saving.model.lm_head.weight.data.fill_(9)
     assert saving.saved_step is None
     saving.progress.step = 2
-    assert not saving.is_due()  # postponed until the disk is free,
-    saving.log.is_open = True
+    assert not saving.is_due()  # postponed until the disk is free
+    saving.log.is_open, saving.progress.step = True, 3
     saving.wait()
-    assert saving.is_due()  # not forgotten
+    assert saving.is_due()
     assert saving.saved_step == 1 and runs.differing(runs.checkpoint(tmp_path)["model"], before) == set()
 
 
 @pytest.mark.parametrize(
     ("options", "expected"), [(dict(interval=4), [4, 8]), (dict(minutes=0.5), [3, 6, 9]), (dict(), [])]
 )
-def test_saves_are_due_by_steps_and_by_time(options, expected, small, monkeypatch):
+def test_saves_are_due_by_steps_and_by_time(options, expected, tmp_path, monkeypatch):
     now, saved = [0.0], []
     monkeypatch.setattr(checkpointer.time, "monotonic", lambda: now[0])
-    saving = small(**options)
+    saving = logging_checkpointer(tmp_path, **options)
     for saving.progress.step in range(10):
         if saving.is_due():
             saving.save()
@@ -135,8 +127,8 @@ def test_saves_are_due_by_steps_and_by_time(options, expected, small, monkeypatc
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_state_that_is_not_finite_is_not_saved_and_reported_once(bad, small, tmp_path):
-    saving = small()
+def test_a_state_that_is_not_finite_is_not_saved_and_reported_once(bad, tmp_path):
+    saving = logging_checkpointer(tmp_path)
     for saving.progress.step in (1, 2, 3):
         saving.save()
         saving.wait()
@@ -189,16 +181,16 @@ def test_a_checkpoint_and_the_log_are_on_the_disk_before_it_gets_its_name(start,
 
 
 def test_a_full_disk_is_reported_once_and_training_continues_until_there_is_space(keys, tmp_path, out, log):
-    """No file may exceed 20 kB, which stops checkpoints and the log; after step 60 there is space again."""
-    many = dict(max_iters=120, lr_decay_iters=120, eval_interval=20, log_interval=4)
+    """No file may exceed 10 kB, which stops checkpoints and the log; after step 32 there is space again."""
+    many = dict(max_iters=64, lr_decay_iters=64, eval_interval=8, log_interval=2)
     calm = tmp_path / "calm"
     assert train.main(keys(calm, **many)) == 0
-    process = child.start(keys(out, **many), log, until_step=60, file_limit=20_000)
+    process = child.start(keys(out, **many), log, until_step=32, file_limit=10_000)
     child.set_file_limit(process.pid, None)
     assert child.finish(process) == 0
     reported = [line for line in log.read_text().splitlines() if re.search("cannot|again|wait", line)]
     patterns = [
-        "cannot save step 20 in .*: File too large; .* without protection",
+        "cannot save step 8 in .*: File too large; .* without protection",
         "cannot write .*metrics.jsonl: File too large; ",
         "saved step .*: protected again",
         "the lines that were waiting are written",

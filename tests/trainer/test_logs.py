@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from tests.helpers import runs
-from trainer import checkpointer, timer
+from trainer import checkpointer, environment, timer
 from trainer.data import TokenData
 from trainer.files import JsonLines
 from trainer.settings import from_arguments
@@ -114,6 +115,26 @@ def test_config_json_has_every_setting_and_the_environment(full_run, dataset):
     assert found["weights_from"] is found["weights_sha256"] is None and found["incomplete"] == []
 
 
+def test_the_commit_is_that_of_git_describe_and_reading_it_writes_nothing(tmp_path, monkeypatch):
+    def git(*arguments):
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    assert environment.git_commit() is None
+    git("init")
+    (tmp_path / "file").write_text("a")
+    git("add", "file")
+    git("commit", "-m", "a change")
+    for content, is_dirty in (("a", False), ("changed", True)):
+        (tmp_path / "file").write_text(content)
+        os.utime(tmp_path / "file", (1, 1))  # git has to look at the content
+        before = (tmp_path / ".git" / "index").stat()
+        found = environment.git_commit()
+        assert (tmp_path / ".git" / "index").stat() == before
+        assert found == git("describe", "--always", "--dirty", "--abbrev=40") and found.endswith("-dirty") == is_dirty
+
+
 @pytest.mark.parametrize(
     ("changes", "is_warned"), [(dict(top_k=1), True), (dict(top_k=1, norm_topk_prob=False), False), ({}, False)]
 )
@@ -194,22 +215,6 @@ def test_without_digests_the_lines_are_counted(how, half, resume):
     for length in (4, runs.STEPS):
         assert resume(half, max_iters=length) == 0
         assert len(runs.checkpoint(half)["incomplete"]) == 1
-
-
-def test_lines_after_the_checkpoint_are_dropped_and_mark_nothing(full_run, half, resume):
-    for name in ("metrics.jsonl", "decisions.jsonl"):
-        with (half / name).open("a") as f:
-            f.write('{"step": 4}\n{"step": 4}\nnoise\n{"st')
-    assert resume(half) == 0
-    runs.assert_same_run(half, full_run)
-    assert runs.config_of(half)["incomplete"] == []
-
-
-@pytest.mark.parametrize("key, value", [("lines_sha256", [1]), ("lines", {"metrics": "a"}), ("lines_sha256", {})])
-def test_a_damaged_record_of_the_logs_counts_as_missing(key, value, full_run, half, resume):
-    torch.save(runs.checkpoint(half) | {key: value}, half / "ckpt.pt")
-    assert resume(half) == 0
-    runs.assert_same_run(half, full_run)
 
 
 CHANGED = {"learning_rate": [1e-2, 5e-3], "max_iters": [3, 4]}

@@ -117,6 +117,7 @@ def test_skipped_steps_are_counted_per_log_line_and_over_a_resume(keys, resume, 
     line = "step {}: skipped 1 step: the loss was not finite in step {} ({} in all)"
     assert printed == [line.format(*numbers) for numbers in expected]
     assert [line.get("train/skipped") for line in runs.metrics(out)[1:]] == [1, 2, 3, 3, 3]
+    assert runs.checkpoint(out)["guard"]["in_a_row"] == 0
 
 
 def test_ten_skipped_steps_in_a_row_end_the_run_with_the_last_good_state(keys, resume, tmp_path, poison, capsys, out):

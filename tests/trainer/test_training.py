@@ -199,7 +199,4 @@ def test_the_slice_reaches_its_validation_loss_and_loud_noise_a_phi_near_1(tmp_p
     run = train_config("vertical_slice.py", tmp_path)
     assert runs.steps(tmp_path)[-1] == 1000 and runs.val_losses(tmp_path)[-1] < 1.90
     mixture, alone = phi_with_noise(load(run, ChronoConfig(coherence=True))[0], 0, 0, 3.0, corpus)
-    print(
-        f"val/loss {run.lines[-1]['val/loss']:.4f}; loud noise: mixture {mixture[0]:.2f}, leave_one_out {alone[0]:.2f}"
-    )
     assert mixture[0] > 0.6 and abs(alone[0]) < 0.1

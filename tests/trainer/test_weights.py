@@ -18,9 +18,7 @@ from trainer.weights import find_weights, start_from, weights_sha256
 @pytest.fixture(scope="module")
 def begin(start):
     """begin(out_dir, source, **settings) starts a run from weights, with their shape."""
-    return lambda out, source, **changes: start(
-        out, without=runs.SHAPE, **dict(init_from=source, max_iters=0) | changes
-    )
+    return lambda out, source, **more: start(out, without=runs.SHAPE, **dict(init_from=source, max_iters=0) | more)
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +54,14 @@ def test_a_new_run_starts_from_a_runs_weights_with_a_fresh_loop(as_folder, moe, 
     assert runs.steps(out) == [0, 1]
 
 
-def test_the_context_can_be_shorter_and_no_other_shape_can_differ(moe, begin, tmp_path, out):
+def test_weights_of_another_shape_get_one_line_except_for_a_shorter_context(moe, begin, tmp_path, out):
     assert begin(tmp_path / "short", moe, block_size=8) == 0
     for key, value in dict(n_embd=32, n_layer=2, block_size=64, n_exp=8, bias=True).items():
-        message = runs.error_of(begin, out, moe, **{key: value})
-        assert message.startswith(f"{key}={value}, but the weights of")
+        assert runs.error_of(begin, out, moe, **{key: value}).startswith(f"{key}={value}, but the weights of")
+    saved = runs.checkpoint(moe)
+    del saved["model"]["transformer.h.0.ln_1.weight"]
+    torch.save(saved, tmp_path / "bad.pt")
+    assert "it lacks transformer.h.0.ln_1.weight" in runs.error_of(begin, out, tmp_path / "bad.pt")
 
 
 OTHER = dict(
@@ -78,9 +79,8 @@ def test_the_settings_of_the_model_are_those_of_its_weights_unless_others_are_gi
     source, same, other, to_experts = (tmp_path / name for name in ("source", "same", "other", "to_experts"))
     assert start(source, **OTHER, max_iters=1) == 0
     begin(same, source)
-    assert settings_of(same, OTHER) == OTHER and runs.val_losses(same)[0] == pytest.approx(
-        runs.val_losses(source)[-1], rel=1e-6
-    )
+    assert settings_of(same, OTHER) == OTHER
+    assert runs.val_losses(same)[0] == pytest.approx(runs.val_losses(source)[-1], rel=1e-6)
     given = dict(top_k=1, dropout=0.0, eval_capacity=None)
     begin(other, source, **given)
     assert settings_of(other, OTHER) == OTHER | given
@@ -111,13 +111,6 @@ def test_nanomoes_weights_start_a_run_with_their_settings(start, begin, tmp_path
     assert runs.checkpoint(out)["model_args"].items() >= args.items()
 
 
-def test_weights_that_lack_a_tensor_get_one_line(moe, begin, tmp_path, out):
-    saved = runs.checkpoint(moe)
-    del saved["model"]["transformer.h.0.ln_1.weight"]
-    torch.save(saved, tmp_path / "bad.pt")
-    assert "it lacks transformer.h.0.ln_1.weight" in runs.error_of(begin, out, tmp_path / "bad.pt")
-
-
 def test_data_without_a_meta_file_have_the_vocabulary_of_the_weights(moe, begin, tmp_path, out):
     data = runs.write_dataset(tmp_path / "data", runs.VOCAB)
     (data / "meta.json").unlink()
@@ -144,10 +137,9 @@ def test_upcycling_copies_weights_and_biases_to_every_expert_and_crops_positions
     source = weights.without_state(dense.state_dict())
     for value in source.values():
         value.normal_()
-    router = moe.transformer.h[0].mlp.router.state_dict()
-    router = {name: value.clone() for name, value in router.items()}
-    assert start_from(source, "dense", moe) == ["1 dense MLPs became 3 experts each"]
     mlp = moe.transformer.h[0].mlp
+    router = {name: value.clone() for name, value in mlp.router.state_dict().items()}
+    assert start_from(source, "dense", moe) == ["1 dense MLPs became 3 experts each"]
     for e in range(3):
         for name in ("c_fc", "c_proj"):
             assert torch.equal(getattr(mlp.experts, name)[e], source[f"transformer.h.0.mlp.{name}.weight"].t())
