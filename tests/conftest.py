@@ -5,14 +5,14 @@ import torch
 
 from tests.helpers import child
 
-# Tests send signals, and what a shell has set to be ignored (by nohup, or &) their children would ignore too.
+# Tests send signals to child processes, which inherit that nohup or & lets pytest ignore them.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
-    """Bits depend on the number of threads, and two threads wait for each other long where a core is taken."""
+    """Results depend on the number of threads, and two threads are slow on a shared core."""
     torch.set_num_threads(1)
 
 

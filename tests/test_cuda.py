@@ -5,9 +5,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import train
-from chronomoe import ChronoLoop
-from model import GPT, GPTConfig
-from tests.helpers.models import assert_same, chrono, state_of, tokens, training_step
+from tests.helpers.models import assert_same, build, chrono, state_of, tokens, training_step
 from tests.helpers.runs import differing_state, metrics
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
@@ -17,27 +15,24 @@ def bfloat16():
     return torch.autocast("cuda", dtype=torch.bfloat16)
 
 
+SHAPE = dict(block_size=128, vocab_size=257, n_head=4, n_embd=128, use_switch_tfm_init=True, router_use_full_prec=True)
+
+
 def slice_on_gpu(n_layer=4, compiled=False):
-    """Model, loop, and step(number, logged), which takes a TrainingStep on one of 20 batches and returns its loss."""
-    config = GPTConfig(
-        block_size=128, vocab_size=257, n_layer=n_layer, n_head=4, n_embd=128, bias=False, n_exp=8, use_aux_loss=True,
-        use_router_z_loss=True, use_switch_tfm_init=True, router_use_full_prec=True,
-        chrono=chrono(eta=0.05, bridge_threshold=0.01),
-    )  # fmt: skip
-    model = GPT(config, torch.Generator().manual_seed(0)).cuda()
-    loop = ChronoLoop(model.router_state, config.moe_blocks)
+    """Model, loop, 20 batches, and step(number, logged), which takes a TrainingStep and returns its loss."""
+    model, loop = build(chrono(eta=0.05, bridge_threshold=0.01), device="cuda", n_layer=n_layer, **SHAPE)
     if compiled:
         loop.compile()
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cuda")
     forward = torch.compile(model, fullgraph=True) if compiled else None
     step = training_step(model, loop, optimizer, autocast=bfloat16, forward=forward)
     batches = [tuple(x.cuda() for x in tokens(seed, batch=16, model=model)) for seed in range(20)]
-    return model, loop, lambda n, logged=True: step([batches[n % 20]], n, logged=logged).trace.cross_entropy
+    return model, loop, batches, lambda n, logged=True: step([batches[n % 20]], n, logged=logged).trace.cross_entropy
 
 
 @pytest.mark.parametrize("logged", [True, False])
 def test_a_step_does_not_synchronize(logged):
-    _, loop, step = slice_on_gpu()
+    _, loop, _, step = slice_on_gpu()
     for number in (1, 2, 3):
         step(number, logged)
     torch.cuda.set_sync_debug_mode("error")
@@ -54,7 +49,7 @@ def test_a_step_does_not_synchronize(logged):
 def test_two_runs_are_bit_equal_and_compiled_in_one_graph_equal_within_bfloat16():
     runs = []
     for compiled in (False, False, True):
-        model, loop, step = slice_on_gpu(compiled=compiled)
+        model, loop, _, step = slice_on_gpu(compiled=compiled)
         losses = torch.stack([step(number) for number in range(1, 21)])
         runs.append(state_of(model, loop) | {"losses": losses, "phi": loop.coherence.phi("slow")})
     assert_same(*runs[:2])
@@ -65,10 +60,8 @@ def test_two_runs_are_bit_equal_and_compiled_in_one_graph_equal_within_bfloat16(
 def test_the_number_of_kernels_of_the_loop_does_not_depend_on_the_number_of_layers_and_compiling_lowers_it():
     counts = []
     for compiled, n_layer in ((False, 4), (False, 32), (True, 4), (True, 32)):
-        model, loop, _ = slice_on_gpu(n_layer)
-        if compiled:
-            loop.compile()
-        trace = model(*(x.cuda() for x in tokens(0, model=model)), return_trace=True, logged=False)[2]
+        model, loop, batches, _ = slice_on_gpu(n_layer, compiled)
+        trace = model(*batches[0], return_trace=True, logged=False)[2]
         for _ in range(3):
             loop.step(trace)
         torch.cuda.synchronize()
@@ -80,7 +73,7 @@ def test_the_number_of_kernels_of_the_loop_does_not_depend_on_the_number_of_laye
 
 
 def test_memory_does_not_grow():
-    _, _, step = slice_on_gpu()
+    *_, step = slice_on_gpu()
     held = set()
     for number in range(1, 1001):
         step(number, logged=False)
@@ -92,13 +85,13 @@ def test_memory_does_not_grow():
 def test_grouped_mm_is_used_in_bfloat16_and_agrees_with_the_loop_over_experts():
     outputs = []
     for grouped in (None, True, False):
-        model, _, _ = slice_on_gpu()
+        model, _, batches, _ = slice_on_gpu()
         experts = [model.transformer.h[block].mlp.experts for block in model.config.moe_blocks]
         assert not experts[0]._uses_grouped_mm(torch.empty(8, 128, device="cuda"))
         for module in experts:
             module.use_grouped_mm = grouped
         with bfloat16():
-            _, loss, trace = model(*(x.cuda() for x in tokens(0, model=model)), return_trace=True)
+            _, loss, trace = model(*batches[0], return_trace=True)
         loss.backward()
         outputs.append((loss.detach(), trace.gated_output, experts[0].c_fc.grad))
     for chosen, by_groups, by_loop in zip(*outputs):

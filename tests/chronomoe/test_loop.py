@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from chronomoe import ChronoConfig, ChronoLoop, CoherenceBuffer, LifecycleCoordinator, RouterState, statistics
-from chronomoe.beta import derangement
+from chronomoe.beta import derangement, update_beta
 from tests.helpers import models, reference
 from tests.helpers.models import Operators, adamw, assert_same, build, chrono, loop_state, tokens, trace_of
 
@@ -31,7 +31,8 @@ def test_state_follows_plain_python_through_skipped_steps_absent_experts_and_a_r
         phi, kept = 2 * torch.rand(L, E) - 1, torch.randint(3, (L, E)) * torch.randint(2, (L, E))
         routed, std, disagreement = kept + torch.randint(3, (L, E)), 1 + torch.rand(L), torch.rand(L)
         for i, value in enumerate((phi, std, disagreement)):  # values that are not finite are not used
-            value.view(-1)[0] = math.nan if step % 8 == 5 + i else 0.5
+            if step % 8 == 5 + i:
+                value.view(-1)[0] = math.nan
         found_inf, cross_entropy = float(step % 7 == 3), {9: math.nan, 10: math.inf}.get(step % 11, 1.0)
         measured = dict(logit_var=std.square(), disagreement=disagreement, cross_entropy=torch.tensor(cross_entropy))
         trace = trace_of(phi, kept, tokens_per_expert=routed.float(), **measured)
@@ -62,6 +63,18 @@ def test_debiasing_is_accurate_in_float32_at_the_first_updates():
     for _ in range(30):
         buffer.update(trace_of([[0.37]], [[1]]), torch.tensor(True))
         assert buffer.phi("slow").item() == pytest.approx(0.37, rel=1e-4)
+
+
+def test_update_beta_alone_reads_the_buffer_and_refuses_a_signal_without_its_input():
+    config, ok = chrono(eta=0.2, tau=0.1), torch.tensor(True)
+    state, buffer = RouterState(1, 2, config), CoherenceBuffer(1, 2, config)
+    buffer.update(trace_of([[0.6, -0.4]], [[1, 1]]), ok)
+    update_beta(state, buffer, ok)
+    torch.testing.assert_close(state.beta_coeff, torch.tensor([[0.1, -0.1]]))
+    for signal in ("shuffled", "load"):
+        state.config = chrono(signal=signal)
+        with pytest.raises(ValueError, match=f"signal '{signal}' needs"):
+            update_beta(state, buffer, ok)
 
 
 def test_a_shuffled_expert_follows_another_one_by_a_permutation_from_the_seed():

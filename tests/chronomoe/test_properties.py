@@ -52,32 +52,27 @@ def test_settings_on_the_command_line_and_in_a_config_file(tmp_path, pairs):
     works_or_is_refused(lambda: read_config_file(str(path), keys()))
 
 
-@pytest.mark.parametrize(
-    "name", ["meta.json", "meta.pkl", "ckpt.pt", "config.json", "metrics.jsonl", "decisions.jsonl"]
+FILES = ["meta.json", "meta.pkl", "ckpt.pt", "config.json", "decisions.jsonl", "metrics.jsonl"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@settings(often, max_examples=60)
+@given(
+    lines=st.lists(contents | st.integers(0, 5).map(lambda n: b'{"step": %d}' % n)), keep=st.none() | st.integers(0, 6)
 )
-@often
-@given(content=contents)
-def test_a_folder_with_a_file_of_any_contents(name, tmp_path, content):
+def test_a_folder_with_a_file_of_any_contents(name, tmp_path, lines, keep):
     (tmp_path / "config.json").write_text('{"seed": 1, "max_iters": 1}')
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "val/loss": 1.0}\n')
-    (tmp_path / name).write_bytes(content)
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"step": 1, "val/loss": 1.0}\n')
+    (tmp_path / name).write_bytes(b"\n".join(lines))
     for read in (read_meta, load_run):
         works_or_is_refused(lambda read=read: read(tmp_path))
     assert works_or_is_refused(lambda: newest(tmp_path)) is None
     assert isinstance(history_in(tmp_path / "config.json"), list)
-
-
-@often
-@given(st.lists(contents | st.integers(0, 5).map(lambda n: b'{"step": %d}' % n)), st.none() | st.integers(0, 6))
-def test_lines_of_metrics_jsonl_that_are_not_json_are_left_out(tmp_path, parts, keep):
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b"\n".join(parts))
     assert Job("on", 1, tmp_path, [], 10).done >= 0
-    log = JsonLines(path, keep, 3)
+    log = JsonLines(metrics, keep, 3)
     log.write({"step": 4})
     log.close()
-    found = path.read_bytes().splitlines()
-    assert len(found) == log.count
-    assert all("step" in parse_json(line) for line in found)
-    (tmp_path / "config.json").write_text('{"seed": 1, "max_iters": 1}')
+    found = metrics.read_bytes().splitlines()
+    assert len(found) == log.count and all("step" in parse_json(line) for line in found)
     works_or_is_refused(lambda: load_run(tmp_path))

@@ -130,11 +130,12 @@ def test_relevance_per_token_depends_on_that_token_alone_and_has_no_gradient():
     x, bias = torch.randn(60, 16), 2 * torch.randn(8)
     router = ChronoRouter(16, 8, 2, chrono(bridge_scope="token", bridge_threshold=0.05))
     per_token = router(x, RouterBias(bias, FULL))
-    alone = torch.cat([router(row, RouterBias(bias, FULL)).relevance for row in x.split(1)])
-    torch.testing.assert_close(per_token.relevance, alone)
-    assert alone.max() > alone.min() + 0.1
+    pairs = [(reference.softmax(z.tolist()), reference.softmax((z + bias).tolist())) for z in per_token.z_clean]
+    expected = torch.tensor([[min(1, max(0, 1.5 - 10 * reference.js_divergence(*pair)))] for pair in pairs])
+    torch.testing.assert_close(per_token.relevance, expected, rtol=1e-4, atol=1e-5)
+    assert expected.max() > expected.min() + 0.1
     router.config = chrono()
-    given = router(x, RouterBias(bias, alone))
+    given = router(x, RouterBias(bias, per_token.relevance.detach()))
     gradients = [torch.autograd.grad(r.z_biased.square().sum(), router.w_g.weight)[0] for r in (per_token, given)]
     torch.testing.assert_close(*gradients)
 

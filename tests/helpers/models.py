@@ -19,12 +19,13 @@ def chrono(**changes) -> ChronoConfig:
     return ChronoConfig(**(ALL_STEPS | changes))
 
 
-def build(config: ChronoConfig | None = None, seed: int = 0, beta: float = 0, **changes) -> tuple[GPT, ChronoLoop]:
+def build(config: ChronoConfig | None = None, seed=0, beta=0.0, device=None, **changes) -> tuple[GPT, ChronoLoop]:
     """A small model with two MoE layers of eight experts, and its loop. beta: standard deviation of a random beta."""
     args = SHAPE | dict(use_aux_loss=True, use_router_z_loss=True, chrono=config or ChronoConfig()) | changes
     model = GPT(GPTConfig(**args), torch.Generator().manual_seed(seed))
     beta_coeff = model.router_state.beta_coeff
     beta_coeff.copy_(beta * torch.randn(beta_coeff.shape, generator=torch.Generator().manual_seed(0)))
+    model = model if device is None else model.to(device)
     return model, ChronoLoop(model.router_state, model.config.moe_blocks)
 
 
