@@ -20,7 +20,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 from data import corpus
 from data.corpus import Document, split_of, write_corpus
 from data.download import fetch
-from data.tokenizer import END_OF_TEXT, CharacterCodec, TiktokenCodec, byte_encoding, codec_for
+from data.tokenizer import END_OF_TEXT, UNKNOWN, CharacterCodec, TiktokenCodec, byte_encoding, codec_for
 from tests.helpers.child import wait_for
 from tests.helpers.runs import one_line
 from trainer.data import DATA, TokenData, load_prepare
@@ -231,11 +231,10 @@ def test_files_that_are_not_text_are_counted_and_left_out(tmp_path, capsys):
     binary = {"latin.txt": b"caf\xe9", "cut.txt": b"\xc3", "late.txt": b"a" * 5000 + b"\xff", "nul.bin": b"a\0"}
     root = write_files(tmp_path / "in", texts | binary | {".git/config": "hidden", ".env": "hidden"})
     (root / "\udcff.txt").write_text("the name is not UTF-8")
-    out = root / "out"
     for force in ([], ["--force"]):  # the second time the folder holds the corpus itself
-        prepare_text(root, f"--out={out}", *force)
+        prepare_text(root, f"--out={root / 'out'}", *force)
         assert "not UTF-8 text: 4, such as" in capsys.readouterr().out
-        found = read_documents(out, "train") + read_documents(out, "val")
+        found = [text for split in ("train", "val") for text in read_documents(root / "out", split)]
         assert sorted(found) == sorted([*texts.values(), "the name is not UTF-8"])
 
 
@@ -278,8 +277,7 @@ def test_shakespeare_is_split_at_nine_tenths_of_the_characters(script, tmp_path)
         assert read_tokens(out, split) == (bpe if script is SHAKESPEARE else plain)
         assert script is SHAKESPEARE or codec_for(meta, "").decode(plain) == part
     expected = ("gpt2", 262) if script is SHAKESPEARE else ("characters", len(characters))
-    assert (meta["tokenizer"], meta["vocab_size"]) == expected
-    assert meta.get("characters", characters) == characters
+    assert (meta["tokenizer"], meta["vocab_size"], meta.get("characters", characters)) == (*expected, characters)
     TokenData(out, 16).fingerprint()
     with pytest.raises(UserError, match=r"no text in .*empty.txt"):
         script.main([f"--input={root / 'empty.txt'}", f"--out={tmp_path / 'none'}", "--jobs=1"])
@@ -292,6 +290,11 @@ def test_characters_that_do_not_fit_into_16_bits_are_refused(tmp_path):
     assert read_tokens(tmp_path, "train") == [0, 65535]
     with pytest.raises(UserError, match="16 bits"):
         write_corpus(tmp_path, documents, CharacterCodec.from_list(characters[:65537]), {"source": "s"})
+
+
+def test_a_vocabulary_may_have_any_ids_and_fewer_than_a_model():
+    codec = CharacterCodec({"b": 0, "a": 3}, {0: "b", 3: "a"})
+    assert (codec.size, codec.decode([3, 0, 7])) == (4, f"ab{UNKNOWN}")
 
 
 def test_tinystories_keep_their_splits_however_small(tmp_path, monkeypatch):
@@ -378,8 +381,7 @@ def test_a_download_is_complete_and_happens_once(server, tmp_path):
     (tmp_path / "file.1.tmp").write_text("of a killed attempt")
     for _ in range(2):
         assert fetch(server[0], tmp_path / "file", "3 MB").read_bytes() == b"a" * 3_000_000
-    assert server[1]["requests"] == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert server[1]["requests"] == 1 and [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("answer", [None, {"length": 3_000_001}, {"status": 404}, {"status": 503}])
