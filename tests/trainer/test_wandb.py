@@ -88,10 +88,8 @@ def test_a_failure_is_reported_once_and_training_continues(failing, verb, start,
     assert errors._exit_handlers_run == [False]  # those of W&B would hang
 
 
-def test_a_server_that_does_not_answer_is_reported_once_and_training_continues(
-    start, out, fake_run, monkeypatch, capfd
-):
-    answers = threading.Event()
+def test_a_server_that_does_not_answer_is_reported_once(start, out, fake_run, monkeypatch, capfd):
+    answers, before = threading.Event(), threading.enumerate()
 
     def log(*args, **options):
         answers.wait(10)
