@@ -7,12 +7,13 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tests.helpers import runs
+from tests.helpers import child, runs
 from trainer import checkpointer, environment, timer
 from trainer.data import TokenData
 from trainer.files import JsonLines
@@ -92,7 +93,11 @@ def test_step_times_exclude_evaluations_and_saving(start, monkeypatch, out):
 
         monkeypatch.setattr(module, name, call)
 
-    slow(TokenData, "batch", lambda data, split, *rest: 1 if split == "train" else 100)
+    def batch_seconds(data, split, *rest):
+        child.wait_for(lambda: all(thread.name != "checkpoint" for thread in threading.enumerate()))  # no save is late
+        return 1 if split == "train" else 100
+
+    slow(TokenData, "batch", batch_seconds)
     slow(checkpointer, "copy_to_cpu", lambda value, seen=None: 1000 * (seen is None))
     monkeypatch.setattr(timer, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     start(out, log_interval=2, eval_interval=3, checkpoint_interval=5)
