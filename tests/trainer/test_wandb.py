@@ -6,12 +6,14 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from unittest.mock import MagicMock
 
 import pytest
 
 from tests.helpers import child, runs
+from trainer import errors, wandb_run
 from trainer.runlog import wandb_identity
 from trainer.settings import from_arguments
 
@@ -75,13 +77,32 @@ CALLS = ["define_metric", *["log"] * (runs.STEPS + 1), "finish"]
 
 
 @pytest.mark.parametrize(("failing", "verb"), [("define_metric", "start"), ("log", "log"), ("finish", "finish")])
-def test_a_failure_is_reported_once_and_training_continues(failing, verb, start, out, fake_run, capfd):
+def test_a_failure_is_reported_once_and_training_continues(failing, verb, start, out, fake_run, monkeypatch, capfd):
+    monkeypatch.setattr(errors, "_exit_handlers_run", [True])
     getattr(fake_run, failing).side_effect = ConnectionError("the first line\nthe second")
     assert start(out, wandb_log=True) == 0
     assert [call[0] for call in fake_run.method_calls] == CALLS[: CALLS.index(failing) + 1]
     reported = [line for line in about_wandb(capfd) if "could not" in line]
     assert reported == [f"W&B: could not {verb} (ConnectionError: the first line); continuing without it"]
     assert runs.steps(out) == list(range(runs.STEPS + 1))
+    assert errors._exit_handlers_run == [False]  # those of W&B would hang
+
+
+def test_a_server_that_does_not_answer_is_reported_once(start, out, fake_run, monkeypatch, capfd):
+    answers, before = threading.Event(), threading.enumerate()
+
+    def log(*args, **options):
+        answers.wait(10)
+        raise ConnectionError("too late")
+
+    fake_run.log.side_effect = log
+    monkeypatch.setattr(wandb_run, "MAX_QUEUED", 3)
+    assert start(out, wandb_log=True) == 0
+    answers.set()
+    for thread in set(threading.enumerate()) - {*before}:
+        thread.join(10)
+    (reported,) = (line for line in about_wandb(capfd) if "could not" in line)
+    assert "could not keep up (TimeoutError: 3 calls are waiting)" in reported
 
 
 def test_a_machine_without_wandb_trains_and_reports_it_once(start, out, monkeypatch, capfd):
