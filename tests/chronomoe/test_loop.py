@@ -33,7 +33,7 @@ def test_state_follows_plain_python_through_skipped_steps_absent_experts_and_a_r
         for i, value in enumerate((phi, std, disagreement)):  # values that are not finite are not used
             if step % 8 == 5 + i:
                 value.view(-1)[0] = math.nan
-        found_inf, cross_entropy = float(step % 7 == 3), {9: math.nan, 10: math.inf}.get(step % 11, 1.0)
+        found_inf, cross_entropy = float(step % 7 == 0), {9: math.nan, 10: math.inf}.get(step % 11, 1.0)
         measured = dict(logit_var=std.square(), disagreement=disagreement, cross_entropy=torch.tensor(cross_entropy))
         trace = trace_of(phi, kept, tokens_per_expert=routed.float(), **measured)
         loop.step(trace, torch.tensor(found_inf) if step % 2 or found_inf else None)
