@@ -191,7 +191,7 @@ def test_sums_of_16_bit_outputs_are_exact_to_float32(dtype):
     for e in range(5):
         mine = plan.experts == e
         exact = weights[:, mine].double() @ y[mine].double()
-        torch.testing.assert_close(sums[:, e].double(), exact, rtol=1e-4, atol=1e-4)
+        assert (sums[:, e] - exact).norm() < 1e-5 * exact.norm()
 
 
 def test_a_model_in_bfloat16_adds_beta_in_full_and_is_observed_in_float32():
