@@ -26,7 +26,7 @@ class SimpleMoELayer(nn.Module):
 
 
 def test_the_loop_closes_on_another_moe():
-    config = chrono(eta=0.02, k_max=1.0, bridge_threshold=1e-3)
+    config = chrono(eta=0.02, k_max=1.0, bridge_threshold=2e-4)
     layer = SimpleMoELayer(config)
     loop = ChronoLoop(layer.router_state, layer_ids=[0])
     optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-3)
@@ -44,7 +44,7 @@ def test_the_loop_closes_on_another_moe():
     beta, phi = layer.router_state.beta_coeff, loop.coherence.phi("slow")
     free = beta.abs() < config.k_max
     torch.testing.assert_close((beta - before)[free], config.eta * (phi - config.tau)[free])
-    assert free.any() and values["routing/L0/js"] > 0 and values["routing/L0/relevance"] < 1
+    assert free.any() and layer.router_state.disagreement > 2e-4 and values["routing/L0/relevance"] < 1
     assert all(state.total_tokens_seen > 0 and -1 <= state.phi_slow <= 1 for state in states.values())
     low = {f"L0_E{e}" for (_, e), state in states.items() if state.phi_slow < config.prune_phi}
     assert {d.expert_id for d in loop.report()} == low  # over 1000 tokens and 100 updates each

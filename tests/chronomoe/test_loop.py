@@ -22,8 +22,8 @@ SIGNALS = [{}, {"center": True}, {"signal": "shuffled"}, {"signal": "shuffled", 
 def test_state_follows_plain_python_through_skipped_steps_absent_experts_and_a_restart(changes):
     rates = dict(alpha_fast=0.5, alpha_mid=0.8, alpha_slow=0.95, logit_std_alpha=0.7, window=3)
     rates |= dict(prune_phi=1.0, prune_min_tokens=0, prune_min_updates=0)
-    config = chrono(eta=0.1, tau=0.2, k_max=0.125, bridge_threshold=0.2, **rates, **changes)
-    L, E, was_clamped = 2, 4, False
+    config = chrono(eta=0.1, tau=0.2, k_max=0.09375, bridge_threshold=0.2, **rates, **changes)
+    L, E, was_clamped, was_weak = 2, 4, False, False
     loop = loop_of(config, L, E, seed=1)
     layers = [reference.SlowLoop(config, follows) for follows in loop.follows.tolist()]
     assert loop.coherence.layer_phi().tolist() == [0, 0]
@@ -33,7 +33,7 @@ def test_state_follows_plain_python_through_skipped_steps_absent_experts_and_a_r
         for i, value in enumerate((phi, std, disagreement)):  # values that are not finite are not used
             if step % 8 == 5 + i:
                 value.view(-1)[0] = math.nan
-        found_inf, cross_entropy = float(step % 7 == 3), {9: math.nan, 10: math.inf}.get(step % 11, 1.0)
+        found_inf, cross_entropy = float(step % 7 == 0), {9: math.nan, 10: math.inf}.get(step % 11, 1.0)
         measured = dict(logit_var=std.square(), disagreement=disagreement, cross_entropy=torch.tensor(cross_entropy))
         trace = trace_of(phi, kept, tokens_per_expert=routed.float(), **measured)
         loop.step(trace, torch.tensor(found_inf) if step % 2 or found_inf else None)
@@ -48,6 +48,7 @@ def test_state_follows_plain_python_through_skipped_steps_absent_experts_and_a_r
             theirs = torch.tensor([state[name] for state in expected]).double()
             torch.testing.assert_close(ours[name].double(), theirs, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: n + m)
         was_clamped |= (router.beta_coeff.abs() == config.k_max).any().item()
+        was_weak |= (router.relevance < 1).any().item()
         if step == 30:
             saved, before = (router.state_dict(), loop.state_dict()), loop_state(loop)
             loop = loop_of(config, L, E, seed=2)
@@ -55,7 +56,7 @@ def test_state_follows_plain_python_through_skipped_steps_absent_experts_and_a_r
             loop.load_state_dict(saved[1])
             assert_same(loop_state(loop), before)
             assert before["lifecycle.open"].any()
-    assert was_clamped and router.relevance.min() < 1
+    assert was_clamped and was_weak
 
 
 def test_debiasing_is_accurate_in_float32_at_the_first_updates():

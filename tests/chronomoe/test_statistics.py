@@ -56,7 +56,7 @@ def test_every_metric_of_a_step_agrees_with_the_slow_version(rule, capacity, bia
         load = [(experts == e).sum().item() / experts.numel() for e in range(8)]
         found = reference.routing_statistics(routing.z_clean, 0.4 * full_bias, 2) | {"relevance": 0.4}
         found |= {"load_cv": pstdev(load) / fmean(load), "dropped": 1 - kept.sum().item() / kept.numel()}
-        assert found["js"] > 0.005 and (capacity is None or found["dropped"] > 0)
+        assert found["js"] > 1e-3 and (capacity is None or found["dropped"] > 0)
         expected |= {f"routing/L{block}/{name}": value for name, value in found.items()}
         p, q = (z.softmax(-1) for z in (routing.z_clean, routing.z_biased))
         close(compute_js_divergence(p, q), found["js"], dtype)
@@ -127,11 +127,11 @@ def test_gates_are_the_softmax_of_the_chosen_or_of_all_experts(top_k, gates, nor
 
 
 def test_relevance_per_token_depends_on_that_token_alone_and_has_no_gradient():
-    x, bias = torch.randn(60, 16), 2 * torch.randn(8)
+    x, bias = torch.randn(60, 16), torch.linspace(-1.2, 1.2, 8)
     router = ChronoRouter(16, 8, 2, chrono(bridge_scope="token", bridge_threshold=0.05))
     per_token = router(x, RouterBias(bias, FULL))
     pairs = [(reference.softmax(z.tolist()), reference.softmax((z + bias).tolist())) for z in per_token.z_clean]
-    expected = torch.tensor([[min(1, max(0, 1.5 - 10 * reference.js_divergence(*pair)))] for pair in pairs])
+    expected = torch.tensor([[min(1.0, max(0.0, 1.5 - 10 * reference.js_divergence(*pair)))] for pair in pairs])
     torch.testing.assert_close(per_token.relevance, expected, rtol=1e-4, atol=1e-5)
     assert expected.max() > expected.min() + 0.1
     router.config = chrono()
@@ -190,7 +190,8 @@ def test_sums_of_16_bit_outputs_are_exact_to_float32(dtype):
     assert y.dtype == dtype and sums.dtype == torch.float32
     for e in range(5):
         mine = plan.experts == e
-        close(sums[:, e], weights[:, mine].double() @ y[mine].double(), torch.float32)
+        exact = weights[:, mine].double() @ y[mine].double()
+        assert (sums[:, e] - exact).norm() < 1e-5 * exact.norm()
 
 
 def test_a_model_in_bfloat16_adds_beta_in_full_and_is_observed_in_float32():
