@@ -166,7 +166,6 @@ DAMAGE = {  # the reason that is given: what is done to the folder of a run
     "a metric is not a number": lambda f: change_lines(f, lambda x: [x[0][:-1] + ', "x": "y"}', *x[1:]]),
     "step 0 of 0": lambda f: change_lines(change_config(f, max_iters=0), lambda lines: []),
     "the line of step 5 is missing": lambda f: change_config(f, log_interval=5),
-    "beyond its max_iters of 90": lambda f: change_config(f, max_iters=90),
     "its logs are incomplete: 2 lines are damaged": lambda f: change_config(f, incomplete=["2 lines are damaged"]),
     "no history of its starts": lambda f: change_config(f, history=...),
     "it has no history": lambda f: change_config(f, history=["x"]),
