@@ -22,7 +22,7 @@ from comparison.runs import load_run
 from comparison.sweep import Job, plan, train_all
 from tests.comparison.studies import change_config, error_of
 from tests.helpers.child import wait_for
-from tests.helpers.models import build, chrono, draw_beta, tokens
+from tests.helpers.models import build, chrono, tokens
 from tests.helpers.runs import ROOT, write_dataset
 from trainer.data import EVAL_SEED
 from trainer.lock import folder_lock
@@ -173,8 +173,8 @@ def test_changed_log_or_checkpoint_of_a_finished_run_is_detected(study, tmp_path
 def test_probe_measures_the_effect_of_beta_and_restores_the_model():
     model, _ = build(chrono())
     model.eval()
-    draw_beta(model, size=0.3)
-    beta, data = model.router_state.beta_coeff.clone(), Mock()
+    beta, data = 0.3 * torch.randn(model.router_state.beta_coeff.shape), Mock()
+    model.router_state.beta_coeff.copy_(beta)
     data.batch.side_effect = lambda split, seed, step, micro, batch_size: tokens(micro, batch_size)
     found = probe_model(model, data, batches=2, batch_size=4)
     assert {call.args[:3] for call in data.batch.mock_calls} == {("val", EVAL_SEED, 0)}
