@@ -106,9 +106,7 @@ def train_study(
     return study, failed, interrupt.exit_status
 
 
-def write_report(
-    sources: Iterable[Any], load: Callable[[Any], Run], out: Path, command: str, wandb_log: bool
-) -> report.Comparison:
+def write_report(sources: Iterable[Any], load: Callable[[Any], Run], out: Path, command: str, wandb_log: bool) -> None:
     """Compare the runs that `load` makes of the sources, write the report into `out` and print the verdicts.
 
     Raises UserError if fewer than two runs can be compared, or if the report cannot be written.
@@ -127,7 +125,6 @@ def write_report(
     for reason in comparison.left_out:
         print(f"left out: {reason}")
     print(f"the report is {out / 'report.html'} (and report.md); its numbers are in {out / 'comparison.json'}")
-    return comparison
 
 
 def read_options(arguments: list[str]) -> tuple[Options, cli.CommandLine]:

@@ -88,7 +88,7 @@ class Comparison:
                     f"This study was changed after its report was written: on {before['date']} it had "
                     f"{len(before['seeds'])} pairs of {before['steps']} steps, now it has {len(now['seeds'])} of "
                     f"{now['steps']}. If runs are chosen after a result is known, a study reports effects more often "
-                    "than p says."
+                    "than p indicates."
                 )
         return found
 

@@ -74,7 +74,10 @@ class Run:
         return [step for step, _ in found], [value for _, value in found]
 
     def values(self, name: str, after: float = -1) -> dict[int, list[float]]:
-        """Step -> values of the metrics with this name, or with this name after a "/" (one per layer), after a step."""
+        """The values of a metric by step, for steps later than `after`.
+
+        name: of a metric, or of a metric per layer, without its group and layer: "js" for "routing/L0/js".
+        """
         found = {}
         for line in self.lines:
             names = [n for n in line if n == name or n.endswith("/" + name)] if line["step"] > after else []

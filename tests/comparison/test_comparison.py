@@ -51,6 +51,8 @@ def test_verdict_is_that_of_the_study(name):
     first, second = analysis.primary
     assert (first.a, first.b, second.a, second.b) == (*FIRST, *SECOND) == ("on", "off", "on", "shuffled")
     assert said in verdict(analysis, first) and [short_verdict(analysis, row) for row in analysis.primary] == short
+    assert [bool(report.cells(analysis, row)[5]) for row in analysis.primary] == [name != "none" for name in short]  # p
+    assert {short_verdict(analysis, row) for row in (*analysis.described, *analysis.check)} == {"none"}
     noise = study.get("noise", 0.003)
     for row in (first, analysis.check[0]):  # loss and layer coherence of `on` minus those of `off`
         assert list(row.differences.values()) == pytest.approx([study["effect"]] * row.contrast.n, abs=4 * noise)
@@ -67,6 +69,11 @@ def test_outcomes_are_means_after_three_quarters_and_steps_between_evaluations()
     lines = [{"step": 75, "a/L0/x": 9.0}, {"step": 76, "a/L0/x": 1.0, "a/L2/x": 3.0, "ax": 9}, {"step": 100, "x": 5.0}]
     run = dataclasses.replace(run, lines=[*lines, {"step": 90, "a/L0/x": None}])
     assert last_quarter(run, "x") == 3.0 and math.isnan(last_quarter(run, "y"))
+    runs = [
+        make_run(seed, 0.0, arm, {"neff": 7.0} if seed else {"x": 1.0}) for arm in ("off", "on") for seed in range(3)
+    ]
+    neff = next(row for row in analyse(arms_of(runs)).described if "Neff" in row.outcome.name)
+    assert neff.differences == {1: 0.0, 2: 0.0}  # without the pair that has no value
 
 
 CONFOUNDED = {  # key: (value in `on`, value in the others)
@@ -87,6 +94,7 @@ def test_arms_that_differ_in_other_settings_get_no_verdict(key):
     row = analysis.row(against)
     assert f"No verdict: {reason}" in verdict(analysis, row) and any(reason in line for line in analysis.warnings)
     assert short_verdict(analysis, row) == "none" and "confounded" in report.cells(analysis, row)
+    assert (row.contrast.margin is None) == (key == "margin")
     assert against == SECOND or conclusion(analysis).startswith(f"No verdict: {reason}")
 
 
@@ -99,6 +107,7 @@ def test_settings_without_effect_and_of_the_machine_do_not_separate_runs():
     ]
     runs = [make_run(seed, decay_lr=False, **changed) for seed, changed in enumerate(changes)]
     runs += [make_run(seed, arm="on", chrono_gates="clean", decay_lr=False) for seed in range(6)]
+    del runs[3].config["eval_iters"]  # of a version without this setting: it has the default value
     analysis = analyse(arms_of(runs))
     assert short_verdict(analysis, analysis.row(FIRST)) != "none" and not analysis.warnings
     analysis = analyse(arms_of(make_study(effect=0.0, on={"torch": "2.11"}, off={"torch": "2.13"})))
@@ -157,7 +166,6 @@ DAMAGE = {  # the reason that is given: what is done to the folder of a run
     "a metric is not a number": lambda f: change_lines(f, lambda x: [x[0][:-1] + ', "x": "y"}', *x[1:]]),
     "step 0 of 0": lambda f: change_lines(change_config(f, max_iters=0), lambda lines: []),
     "the line of step 5 is missing": lambda f: change_config(f, log_interval=5),
-    "beyond its max_iters of 90": lambda f: change_config(f, max_iters=90),
     "its logs are incomplete: 2 lines are damaged": lambda f: change_config(f, incomplete=["2 lines are damaged"]),
     "no history of its starts": lambda f: change_config(f, history=...),
     "it has no history": lambda f: change_config(f, history=["x"]),

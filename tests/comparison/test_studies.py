@@ -3,13 +3,14 @@
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import runpy
 import shutil
 import signal
 import subprocess
 import sys
-from unittest.mock import Mock
+from unittest.mock import Mock, PropertyMock
 
 import pytest
 import torch
@@ -18,12 +19,13 @@ import compare
 import train
 from comparison.probe import probe, probe_model
 from comparison.runs import load_run
-from comparison.sweep import Job, plan
+from comparison.sweep import Job, plan, train_all
 from tests.comparison.studies import change_config, error_of
 from tests.helpers.child import wait_for
 from tests.helpers.models import build, chrono, tokens
 from tests.helpers.runs import ROOT, write_dataset
 from trainer.data import EVAL_SEED
+from trainer.lock import folder_lock
 
 STUDY = str(ROOT / "config" / "study.py")
 TINY = [
@@ -81,6 +83,8 @@ def test_finished_runs_are_kept_only_for_the_same_settings_data_and_arm(study, t
     }
     for argument, message in refused.items():
         assert message in error_of(plan, [*settings, argument], out, ["off", "on"], 2)
+    (job,) = plan([*settings, "--chrono_eta=0.5"], tmp_path / "load", ["load"], 1)
+    assert "--chrono_eta=0.5" not in job.arguments  # the arm defines it
     assert "there is no arm 'of'" in error_of(plan, settings, out, ["of"], 2)
     assert "an arm is given twice" in error_of(plan, settings, out, ["on", "on"], 2)
     shutil.copytree(out / "off_seed1", tmp_path / "arm" / "on_seed1")
@@ -95,11 +99,11 @@ def test_study_starts_all_arms_from_the_weights_that_its_config_names(study, tmp
     source, config = out / "off_seed1" / "ckpt.pt", tmp_path / "from_weights.py"
     config.write_text(f"from config.study import *\ninit_from = {str(source)!r}\n")
     command = [str(config), *settings[1:], "--max_iters=2", "--seeds=1", "--arms=off,on", f"--out_dir={tmp_path}"]
-    for _ in range(2):  # the second keeps the runs
-        assert compare.main(command) == 0
-        found = [load_run(tmp_path / f"{arm}_seed1").config for arm in ("off", "on")]
-        assert found[0]["weights_sha256"] == found[1]["weights_sha256"] is not None
-        assert [(c["weights_from"], len(c["history"])) for c in found] == [(str(source), 1)] * 2
+    assert compare.main(command) == 0
+    found = [load_run(tmp_path / f"{arm}_seed1").config for arm in ("off", "on")]
+    assert found[0]["weights_sha256"] == found[1]["weights_sha256"] is not None
+    assert [c["weights_from"] for c in found] == [str(source)] * 2
+    assert all(job.finished for job in plan([str(config), *settings[1:], "--max_iters=2"], tmp_path, ["off", "on"], 1))
     assert "holds a run with weights_sha256=" in error_of(compare.main, [*command, "--init_from=scratch"])
 
 
@@ -128,6 +132,14 @@ def test_stopped_study_saves_its_runs_and_the_same_command_continues_them(tmp_pa
     for job in jobs:
         history = json.loads((job.out_dir / "config.json").read_text())["history"]
         assert job.finished and len(history) == 2 and all(start["step"] < 1000 for start in history)
+
+
+def test_run_that_another_process_writes_is_not_started(tmp_path):
+    interrupt = Mock()
+    type(interrupt).received = PropertyMock(side_effect=itertools.chain([0, 0], itertools.repeat(signal.SIGINT)))
+    with folder_lock(tmp_path / "on_seed1"):
+        assert train_all([Job("on", 1, tmp_path / "on_seed1", ["--help"], 4)], 1, interrupt) == []
+    assert not (tmp_path / "on_seed1" / "train.log").exists()
 
 
 def test_changed_log_or_checkpoint_of_a_finished_run_is_detected(study, tmp_path):
