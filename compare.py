@@ -64,19 +64,18 @@ def main(arguments: list[str]) -> int:
     given = [*configs, *(f"--{name}" for name in line.options)]
     wandb_log, has_failed = line.options.get("wandb_log", False), False
     if own.plan:
-        other = [a for a in given if a not in ("--plan", "--margin")]
-        if other:
-            raise UserError(f"{other[0]}: --plan takes folders of runs and --margin")
+        refuse_others(given, ["--plan", "--margin"], "--plan takes folders of runs and --margin")
         if own.margin is None and "margin" in line.options:
             raise UserError("--plan: margin=None must be a number above 0")
         print(planning.plan(folders, own.margin))
         return 0
     if own.wandb is not None:
+        allowed = ["--wandb", "--out_dir", "--wandb_log"]
+        refuse_others([*map(str, folders), *given], allowed, "--wandb compares the runs of a W&B project alone")
         sources, load, out = wandb_runs.fetch(own.wandb), wandb_runs.load, Path("out") / "wandb_comparison"
     elif folders:
-        other = [a for a in given if a not in ("--out_dir", "--wandb_log")]
-        if other:
-            raise UserError(f"{other[0]}: give a config file to train, or folders of runs to compare, not both")
+        both = "give a config file to train, or folders of runs to compare, not both"
+        refuse_others(given, ["--out_dir", "--wandb_log"], both)
         sources, load, out = expand(folders), load_run, Path(os.path.commonpath([os.path.abspath(f) for f in folders]))
     else:
         passed_on = [a for a in arguments if cli.option_name(a) not in options_of(Options).keys() - {"margin"}]
@@ -90,6 +89,13 @@ def main(arguments: list[str]) -> int:
     out = Path(own.out_dir or out)
     write_report(sources, load, out, shlex.join(["python", "compare.py", *arguments]), wandb_log)
     return 1 if has_failed else 0
+
+
+def refuse_others(given: list[str], allowed: list[str], reason: str) -> None:
+    """Raise UserError if an argument is not allowed."""
+    for argument in given:
+        if argument not in allowed:
+            raise UserError(f"{argument}: {reason}")
 
 
 def train_study(

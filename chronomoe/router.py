@@ -44,7 +44,7 @@ class RouterState(StateModule):
     logit_std: Tensor  # [L]
     disagreement: Tensor  # [L] of the last step, at full strength
     relevance: Tensor  # [L] r, computed from disagreement
-    updates: Tensor  # [] int64, number of observations of logit_std
+    updates: Tensor  # [] int64, number of observations that were finite in all layers
 
     def __init__(self, num_layers: int, num_experts: int, config: ChronoConfig):
         super().__init__()
@@ -77,7 +77,7 @@ class RouterState(StateModule):
         # a logit of -inf has a variance that is not finite, while loss and gradient are finite
         good = ok & (std < torch.inf)
         self.logit_std.lerp_(torch.where(good, std, self.logit_std), weight)
-        self.updates += ok
+        self.updates += good.all()
         if config.bridge:
             seen = required(trace.disagreement) / trace.tokens
             self.disagreement.copy_(torch.where(ok & (seen < torch.inf), seen, self.disagreement))

@@ -45,8 +45,8 @@ class World:
         """Wrap the model in DistributedDataParallel; returns it unchanged with one rank."""
         if self.world_size == 1:
             return model
-        # Do not broadcast buffers: every rank computes the same state, and a broadcast would hide a difference.
-        # torch 2.13 renamed the argument.
+        # Do not broadcast buffers in forward: every rank computes the same state, and a broadcast would hide a
+        # difference. DDP broadcasts them once, in its constructor. torch 2.13 renamed the argument.
         names = inspect.signature(DistributedDataParallel).parameters
         no_broadcast = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
         device_ids = [device.index] if device.type == "cuda" else None

@@ -74,10 +74,12 @@ class TrainingStep:
         """Take one step.
 
         Args:
-            batches: (inputs, targets) of this rank's micro-batches, [B, T] each.
+            batches: (inputs, targets) of this rank's micro-batches, [B, T] each; as many as `micro_batches`.
             step: number of this step, from 1; the guard reports it.
             lr: learning rate; None: unchanged.
             logged: compute the trace's fields that are only logged.
+
+        Raises ValueError for another number of batches.
         """
         if lr is not None:
             for group in self.optimizer.param_groups:
@@ -106,6 +108,6 @@ class TrainingStep:
                     _, loss, trace = self.forward(x, y, return_trace=True, logged=logged, return_logits=False)
                 self.scaler.scale(loss / self.micro_batches).backward()
             total = trace if total is None else total + trace
-        if total is None:
-            raise ValueError("a step needs at least one micro-batch")
+        if total is None or i != self.micro_batches:
+            raise ValueError(f"a step needs {self.micro_batches} micro-batches")
         return total

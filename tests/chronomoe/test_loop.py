@@ -59,6 +59,15 @@ def test_state_follows_plain_python_through_skipped_steps_absent_experts_and_a_r
     assert was_clamped and was_weak
 
 
+def test_the_first_finite_observation_of_logit_std_has_a_weight_of_one():
+    state = RouterState(2, 3, chrono())
+    for variance in ([torch.inf, 9.0], [4.0, 16.0], [4.0, 0.0]):
+        trace = trace_of(torch.zeros(2, 3), torch.ones(2, 3), logit_var=torch.tensor(variance))
+        state.update(trace, torch.tensor(True))
+    assert state.updates == 2
+    torch.testing.assert_close(state.logit_std, torch.tensor([2.0, 4 * state.config.logit_std_alpha]))
+
+
 def test_debiasing_is_accurate_in_float32_at_the_first_updates():
     buffer = CoherenceBuffer(1, 1, chrono(alpha_slow=0.99999))
     for _ in range(30):

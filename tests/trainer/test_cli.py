@@ -69,6 +69,7 @@ MISTAKES = [
     ("compare", "config/study.py --n_exp=x", "n_exp='x'", "a whole number at least 1"),
     ("compare", "config/study.py out/x", "config/study.py", "not both"),
     ("compare", "out/x --n_exp=3", "--n_exp", "not both"),
+    ("compare", "--wandb=me/mine out/x", "out/x", "project alone"),
     ("compare", "--plan out/x --jobs=3", "--jobs", "--plan takes folders"),
     ("compare", "--plan out/x --margin=0", "margin=0.0", "above 0"),
     ("bench", "--quik", "did you mean quick?"),

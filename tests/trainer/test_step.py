@@ -65,6 +65,8 @@ def test_a_step_whose_loss_or_gradient_is_not_finite_is_skipped_and_the_next_one
         changed = {name for name in after if name not in before or not torch.equal(after[name], before[name])}
         assert (changed == {"coherence.step"}) == is_bad
         assert all(p.grad is None for p in model.parameters())
+    with pytest.raises(ValueError, match="needs 2 micro-batches"):
+        step(micro_batches(4)[:1], 4)
     assert scaler.get_scale() == (4 if bad == "gradient" else 8)
     name = "the loss" if bad == "loss" else "the gradient of transformer.wte.weight"
     assert step.guard.report() == Skipped(steps=1, total=1, in_a_row=0, first_step=2, first_bad=name)
