@@ -55,14 +55,14 @@ class GPTConfig(DenseConfig):
     use_aux_loss: bool = option(False, "add Switch Transformer's load-balancing loss")
     use_router_z_loss: bool = option(False, "add ST-MoE's router z-loss")
     use_noisy_top_k: bool = option(False, "learnt noise on the routing logits in training", role="model")
-    aux_loss_weight: float = option(0.01, "weight of the load-balancing loss", least=0, needs="use_aux_loss")
-    router_z_loss_weight: float = option(0.001, "weight of the router z-loss", least=0, needs="use_router_z_loss")
+    aux_loss_weight: float = option(0.01, "weight of the load-balancing loss", least=0, only_with="use_aux_loss")
+    router_z_loss_weight: float = option(0.001, "weight of the router z-loss", least=0, only_with="use_router_z_loss")
     train_capacity: float | None = option(None, "capacity factor of experts in training; None: dropless", above=0)
     eval_capacity: float | None = option(None, "capacity factor of experts in evaluation; None: dropless", above=0)
     min_capacity: int = option(4, "smallest capacity of an expert, in tokens", least=0)
     stride: int = option(2, "every stride-th block is a MoE layer, from block 0", least=1, role="model")
     use_switch_tfm_init: bool = option(False, "Switch Transformer's initialization")
-    switch_tfm_init_scale: float = option(1.0, "scale of that initialization", above=0, needs="use_switch_tfm_init")
+    switch_tfm_init_scale: float = option(1.0, "scale of that initialization", above=0, only_with="use_switch_tfm_init")
     router_use_full_prec: bool = option(False, "routing logits without autocast (on CUDA float32 matmuls use TF32)")
     norm_topk_prob: bool = option(
         True,
@@ -280,11 +280,12 @@ class GPT(nn.Module):
         if not return_trace:
             return logits, loss
         routings, kept, outputs = zip(*layers) if layers else ((), (), ())
+        losses = (cross_entropy, aux_loss, router_z_loss)
         trace = collect_trace(
             routings,
             self.config.chrono,
             idx.numel(),
-            *(cross_entropy, aux_loss, router_z_loss),
+            *losses,
             kept_per_expert=[k for k in kept if k is not None],
             outputs=[o for o in outputs if o is not None],
             logged=logged,

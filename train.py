@@ -25,7 +25,7 @@ from trainer.setup import Run, open_run
 from trainer.step import StepResult
 from trainer.timer import StepTimer
 
-MAX_SKIPPED = 10  # consecutive skipped steps that end a run
+MAX_SKIPPED = 10  # consecutive skipped steps that end a run; counted at logged steps
 
 
 def main(arguments: list[str]) -> int:
@@ -45,7 +45,7 @@ def train(run: Run) -> bool:
     failure: Skipped | None = None
     run.model.train()
     while True:
-        if progress.pending is not None:
+        if progress.pending is not None:  # the line of the last step waits for its evaluation
             with timer.paused():
                 evaluate_and_save(run)
         save_is_due = run.interrupt.poll(checkpointer.is_due())

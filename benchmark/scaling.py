@@ -2,7 +2,7 @@
 
 Numbers of operators and the bytes that they read and write depend on the version of torch; those in EXACT do not.
 
-All five steps of the plan are on, and the training step does not log. Shapes: L MoE layers, E experts, D width,
+All five steps of the loop are on, and the training step does not log. Shapes: L MoE layers, E experts, D width,
 K top_k, N tokens of a micro-batch, in float32 (4 bytes).
 """
 

@@ -1,4 +1,4 @@
-"""Time the training step of the slice, what each of the plan's five steps adds, and statistics and loop alone."""
+"""Time the training step of the slice, what each of the loop's five steps adds, and statistics and loop alone."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class SliceStep:
 
     Args:
         device: device of the model.
-        steps: the plan's steps that are on.
+        steps: the loop's steps that are on.
         batch_size: sequences per batch; None: the slice's.
         prepare: function that changes the model, before it is moved to the device.
         world: the ranks.
@@ -85,7 +85,7 @@ class SliceStep:
 
 
 def measure(report: Report, device: torch.device, effort: Effort, quick: bool) -> None:
-    """The five steps of the plan added one by one; all on against all off; one-hot dispatch; statistics and loop."""
+    """The five steps of the loop added one by one; all on against all off; one-hot dispatch; statistics and loop."""
     work: dict[str, Callable[[], object]] = {"all steps off": SliceStep(device, ())}
     for count, name in enumerate(STEPS, 1):
         work[f"+ {name}"] = SliceStep(device, STEPS[:count])

@@ -6,8 +6,8 @@
 Coherent experts are chosen more often. Softmax ignores a shift that is common to all experts of a layer, so only
 differences of beta change routing. `center` subtracts the layer's mean drift, and tau then cancels.
 
-The plan updates beta every 100 steps. Here beta drifts at every step, so it uses only experts that were observed in
-this step: without new tokens phi is frozen, and its drift would run into the clamp.
+Beta drifts at every training step. Only experts that were observed in this step drift: without new tokens phi is
+frozen, and its drift would run into the clamp.
 
 A signal is a function in SIGNALS and a choice of ChronoConfig.signal. It must not read a tensor on the host.
 """

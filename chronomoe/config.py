@@ -37,84 +37,88 @@ class ChronoConfig:
     router: bool = option(False, "step 1: add beta to the routing logits, measure clean against biased routing")
     coherence: bool = option(False, "step 2: track each expert's coherence with its layer")
     beta: bool = option(False, "step 3: let coherence move beta (needs steps 1 and 2)")
-    bridge: bool = option(False, "step 4: weaken beta where it disagrees with the router (needs step 1)", needs="beta")
+    bridge: bool = option(
+        False, "step 4: weaken beta where it disagrees with the router (needs step 1)", only_with="beta"
+    )
     lifecycle: bool = option(False, "step 5: propose prunes, execute none (needs step 2)", role="logging")
 
     signal: str = option(
         "coherence",
         "what drives beta; 'shuffled' (another expert's coherence) and 'load' (load balance) are controls",
         choices=("coherence", "shuffled", "load"),
-        needs="beta",
+        only_with="beta",
     )
-    k_max: float = option(0.3, "bound of beta on either side, in units of logit_std", least=0, needs="beta")
-    eta: float = option(1e-4, "drift of beta per step, per unit of (phi_slow - tau)", least=0, needs="beta")
-    tau: float = option(0.5, "coherence at which beta does not move", least=-1, most=1, needs="beta")
+    k_max: float = option(0.3, "bound of beta on either side, in units of logit_std", least=0, only_with="beta")
+    eta: float = option(1e-4, "drift of beta per step, per unit of (phi_slow - tau)", least=0, only_with="beta")
+    tau: float = option(0.5, "coherence at which beta does not move", least=-1, most=1, only_with="beta")
     center: bool = option(
-        False, "subtract the layer's mean drift, so that beta moves only by differences", needs="beta"
+        False, "subtract the layer's mean drift, so that beta moves only by differences", only_with="beta"
     )
     gates: str = option(
         "biased",
         "'biased': beta affects choice and gates; 'clean': only the choice",
         choices=("biased", "clean"),
-        needs="beta",
+        only_with="beta",
     )
 
-    logit_std_alpha: float = option(0.99, "EMA factor of logit_std", least=0, below=1, needs="router")
-    alpha_fast: float = option(0.9, "EMA factor of phi_fast", least=0, below=1, needs="coherence")
-    alpha_mid: float = option(0.99, "EMA factor of phi_mid", least=0, below=1, needs="coherence")
-    alpha_slow: float = option(0.999, "EMA factor of phi_slow", least=0, below=1, needs="coherence")
-    ema_debias: bool = option(True, "correct the phi EMAs for their start at zero", needs="coherence")
+    logit_std_alpha: float = option(0.99, "EMA factor of logit_std", least=0, below=1, only_with="router")
+    alpha_fast: float = option(0.9, "EMA factor of phi_fast", least=0, below=1, only_with="coherence")
+    alpha_mid: float = option(0.99, "EMA factor of phi_mid", least=0, below=1, only_with="coherence")
+    alpha_slow: float = option(0.999, "EMA factor of phi_slow", least=0, below=1, only_with="coherence")
+    ema_debias: bool = option(True, "correct the phi EMAs for their start at zero", only_with="coherence")
 
     reference: str = option(
         "mixture",
         "what an expert's output is compared with; 'leave_one_out' subtracts the expert's own part",
         choices=("mixture", "leave_one_out"),
-        needs="coherence",
+        only_with="coherence",
     )
     window: int = option(
         1000,
         "low_observability: steps without a token after which an expert is unobserved",
         least=1,
-        needs="coherence",
+        only_with="coherence",
         role="logging",
     )
 
-    bridge_signal: str = option("js", "disagreement that the bridge reads", choices=("js", "overlap"), needs="bridge")
+    bridge_signal: str = option(
+        "js", "disagreement that the bridge reads", choices=("js", "overlap"), only_with="bridge"
+    )
     bridge_threshold: float | None = option(
         None,
         "disagreement up to which beta is applied in full; three times this switches beta off; None: 0.2 for 'js', "
         "0.1 for 'overlap'",
-        needs="bridge",
+        only_with="bridge",
         above=0,
     )
     bridge_scope: str = option(
         "batch",
         "'batch': one relevance per layer, from the last step; 'token': one per token, from itself",
         choices=("batch", "token"),
-        needs="bridge",
+        only_with="bridge",
     )
 
     prune_phi: float = option(
-        0.3, "low_coherence: phi_slow below this", least=-1, most=1, needs="lifecycle", role="logging"
+        0.3, "low_coherence: phi_slow below this", least=-1, most=1, only_with="lifecycle", role="logging"
     )
     prune_min_tokens: int = option(
-        1000, "low_coherence: only with more tokens than this", least=0, needs="lifecycle", role="logging"
+        1000, "low_coherence: only with more tokens than this", least=0, only_with="lifecycle", role="logging"
     )
     prune_min_updates: int = option(
-        100, "low_coherence: only with more updates than this", least=0, needs="lifecycle", role="logging"
+        100, "low_coherence: only with more updates than this", least=0, only_with="lifecycle", role="logging"
     )
     unused_tokens: int = option(
-        100, "low_observability: fewer tokens than this in total", least=0, needs="lifecycle", role="logging"
+        100, "low_observability: fewer tokens than this in total", least=0, only_with="lifecycle", role="logging"
     )
     unused_after: int = option(
-        1000, "low_observability: not before this many steps", least=0, needs="lifecycle", role="logging"
+        1000, "low_observability: not before this many steps", least=0, only_with="lifecycle", role="logging"
     )
     starving_phi: float = option(
         0.5,
         "a layer with a token-weighted mean phi_slow below this keeps its unused experts",
         least=-1,
         most=1,
-        needs="coherence",
+        only_with="coherence",
         role="logging",
     )
 

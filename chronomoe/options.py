@@ -8,9 +8,23 @@ import functools
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 MAX_MAGNITUDE = {int: 2**63, float: 1e300}  # upper limits of settings; also rejects infinity
+# what a change of a setting affects
+Role = Literal[
+    "model",  # shapes of the weights; it cannot change on resume
+    "computed",  # what a run computes
+    "data",  # name of the dataset; runs are compared by the sha256 of their data
+    "numerics",  # precision of what a run computes; not read from a checkpoint of nanoMoE
+    "length",  # number of steps; it can grow on resume
+    "machine",  # where a run computes, and therefore rounding; not read from a checkpoint
+    "logging",  # what a run writes, and when
+    "start",  # one start of the program; not read from a checkpoint
+    "study",  # how a comparison judges a run
+    "arm",  # arm of a comparison that the run belongs to
+    "seed",  # random numbers; runs with the same seed are a pair
+]
 BOUNDS = {"least": "at least", "above": "above", "most": "at most", "below": "below"}
 
 
@@ -18,8 +32,8 @@ def option(
     default: Any,
     help: str,
     *,
-    role: str = "computed",
-    needs: str | None = None,
+    role: Role = "computed",
+    only_with: str | None = None,
     choices: tuple[Any, ...] | None = None,
     above: float | None = None,
     least: float | None = None,
@@ -31,14 +45,14 @@ def option(
     Args:
         default: default value.
         help: meaning, for --help.
-        role: what a change of the value affects (trainer/settings.py); by default what is computed.
-        needs: name of a field; while that is off, the value has no effect.
+        role: what a change of the value affects.
+        only_with: name of a field; while that is off, the value has no effect.
         choices: allowed values.
         above, below: exclusive bounds.
         least, most: inclusive bounds.
     """
     limits = {"choices": choices, "above": above, "least": least, "below": below, "most": most}
-    return dataclasses.field(default=default, metadata={"help": help, "role": role, "needs": needs, **limits})
+    return dataclasses.field(default=default, metadata={"help": help, "role": role, "only_with": only_with, **limits})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,12 +75,12 @@ class Option:
         return typing.get_args(self.type)[0] if self.optional else self.type
 
     @property
-    def role(self) -> str:
+    def role(self) -> Role:
         return self.metadata["role"]
 
     @property
-    def needs(self) -> str | None:
-        return self.metadata["needs"]
+    def only_with(self) -> str | None:
+        return self.metadata["only_with"]
 
     def check(self, value: Any) -> Any:
         """Convert the value to the option's type. Raises ValueError for a wrong type or a value out of range."""
@@ -114,8 +128,8 @@ def options_of(owner: type, prefix: str = "") -> Mapping[str, Option]:
     declared = [f for f in dataclasses.fields(owner) if "help" in f.metadata]
     found = {}
     for f in declared:
-        needs = f.metadata["needs"]
-        metadata = {**f.metadata, "needs": prefix + needs if needs else None}
+        only_with = f.metadata["only_with"]
+        metadata = {**f.metadata, "only_with": prefix + only_with if only_with else None}
         found[prefix + f.name] = Option(prefix + f.name, f.default, hints[f.name], types.MappingProxyType(metadata))
     return types.MappingProxyType(found)
 
@@ -130,9 +144,9 @@ def check_options(instance: Any) -> None:
 
 
 def is_active(name: str, values: Mapping[str, Any], declared: Mapping[str, Option]) -> bool:
-    """Whether the value of an option has an effect: every option it needs, directly or indirectly, is on."""
-    needed = declared[name].needs if name in declared else None
-    return needed is None or (bool(values.get(needed)) and is_active(needed, values, declared))
+    """Whether the value of an option has an effect: the option it is only used with is on, and has an effect too."""
+    other = declared[name].only_with if name in declared else None
+    return other is None or (bool(values.get(other)) and is_active(other, values, declared))
 
 
 def same_option(owner: type, name: str, default: Any = dataclasses.MISSING) -> Any:

@@ -57,7 +57,7 @@ class RouterState(StateModule):
 
     def compute_beta_eff(self) -> Tensor:
         """The bias on the logits at full strength, [L, E]."""
-        k_max = self.config.k_max
+        k_max = self.config.k_max  # it can be lower than when beta was updated
         return self.beta_coeff.clamp(-k_max, k_max) * self.logit_std.unsqueeze(-1)
 
     def layer_biases(self) -> list[RouterBias | None]:

@@ -26,7 +26,7 @@ def required(x: Tensor | None) -> Tensor:
 class MoETrace:
     """Sums over the tokens of one or more micro-batches. No field carries a gradient.
 
-    A field is None where the step of the plan that uses it is off. `a + b` is the trace of both.
+    A field is None where the step of the loop that uses it is off. `a + b` is the trace of both.
     """
 
     tokens: Tensor  # [] number of tokens

@@ -27,9 +27,9 @@ from trainer.files import parse_json, read_text
 from trainer.settings import COMPARED, keys
 
 KEYS = keys()
-ROLES: dict[str, str] = {name: key.role for name, key in KEYS.items()} | ENVIRONMENT
+ROLE_OF_KEY: dict[str, str] = {name: key.role for name, key in KEYS.items()} | ENVIRONMENT
 SHOWN = (*COMPARED, "machine", "pair")  # roles of the keys that a report lists if they differ
-PAIR_KEYS = tuple(key for key, role in ROLES.items() if role == "pair")
+PAIR_KEYS = tuple(key for key, role in ROLE_OF_KEY.items() if role == "pair")
 RUN_FILES = ("config.json", "metrics.jsonl", checkpoint.NAME)  # a folder with one of them holds a run
 
 Arms = dict[str, dict[int, "Run"]]  # runs by arm and seed
@@ -236,7 +236,7 @@ def _is_start(start: Any) -> bool:
 
 def _must_not_change(key: str) -> bool:
     """Whether a run resumed with another value of the key cannot be compared. The number of steps may grow."""
-    return ROLES.get(key, "computed") in (*COMPARED, "arm", "seed") and ROLES.get(key) != "length"
+    return ROLE_OF_KEY.get(key, "computed") in (*COMPARED, "arm", "seed") and ROLE_OF_KEY.get(key) != "length"
 
 
 def _with_complete_logs(run: Run) -> Run:
@@ -326,7 +326,7 @@ def effective(config: Mapping[str, Any], roles: tuple[str, ...] = COMPARED) -> d
     return {
         key: value
         for key, value in values.items()
-        if ROLES.get(key, "computed") in roles and is_active(key, values, KEYS)
+        if ROLE_OF_KEY.get(key, "computed") in roles and is_active(key, values, KEYS)
     }
 
 
@@ -352,7 +352,7 @@ def machine_difference(arms: Arms, a: str, b: str) -> str | None:
     configs = [[run.config for run in arms[name].values()] for name in (a, b)]
     values = {
         key: [{json.dumps(config[key]) for config in of_an_arm if key in config} for of_an_arm in configs]
-        for key, role in ROLES.items()
+        for key, role in ROLE_OF_KEY.items()
         if role == "machine" and key not in ("git_commit", "backend")
     }
     apart = [key for key, (ours, theirs) in values.items() if ours and theirs and not ours & theirs]

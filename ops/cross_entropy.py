@@ -57,12 +57,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 z = torch.mm(x_part, w.t(), out=logits[: len(x_part)]).to(total.dtype)
                 z_target = z.gather(-1, place)
                 largest = z.amax(-1, keepdim=True)
-                p = z.sub_(largest).exp_()  # softmax times `size`
-                size = p.sum(-1, keepdim=True)
-                total += ((largest + size.log() - z_target) * mask).sum()
+                p = z.sub_(largest).exp_()  # softmax times `total_p`
+                total_p = p.sum(-1, keepdim=True)
+                total += ((largest + total_p.log() - z_target) * mask).sum()
                 if dx is not None and dw is not None:
                     # gradient of the logits; backward multiplies by 1 / count
-                    p.mul_(mask / size).scatter_add_(-1, place, -mask.to(p.dtype))
+                    p.mul_(mask / total_p).scatter_add_(-1, place, -mask.to(p.dtype))
                     dz = p.to(dtype)
                     dx[part] = dz @ w
                     if dtype == dw.dtype:

@@ -84,7 +84,8 @@ class Interrupt:
         """Send this process a SIGTERM when the process `parent` has ended, unless a signal was received before."""
         is_parent = os.getppid() == parent  # False if a shell or torchrun is in between
         while not self._closed.wait(POLL_SECONDS):
-            if os.getppid() != parent if is_parent else not _exists(parent):
+            has_ended = os.getppid() != parent if is_parent else not _exists(parent)
+            if has_ended:
                 if not self.received:  # a second signal would end the process at once
                     _write_stderr(b"\nthe program that started this run has ended")
                     os.kill(os.getpid(), signal.SIGTERM)

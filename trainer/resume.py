@@ -47,7 +47,9 @@ def is_restart(given: dict[str, Any]) -> bool:
     """Whether torchrun restarted this command after a failure, and the run in out_dir is its own."""
     history = history_in(_source(given)[1] / "config.json")
     last = history[-1] if history and isinstance(history[-1], dict) else {}
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and last.get("job") == torchrun_id() is not None
+    job = torchrun_id()
+    is_second = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return is_second and job is not None and last.get("job") == job
 
 
 def run_folder(given: dict[str, Any], is_restart: bool = False) -> Path:

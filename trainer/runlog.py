@@ -39,7 +39,7 @@ class RunLog:
     Args:
         settings: of the run.
         resolved: contents of config.json, except `history` and `incomplete`.
-        started: this start, appended to the history.
+        this_start: appended to the history.
         step: where the run starts. Later lines are dropped: they were logged after the checkpoint.
         saved: on resume, record_of the checkpoint.
 
@@ -50,14 +50,14 @@ class RunLog:
         self,
         settings: Settings,
         resolved: dict[str, Any],
-        started: dict[str, Any],
+        this_start: dict[str, Any],
         step: int = 0,
         saved: dict[str, Any] | None = None,
     ):
         self.settings = settings
         self.out_dir = Path(settings.out_dir)
-        self.start = step
-        self.started = time.perf_counter()
+        self.first_step = step
+        self.began = time.perf_counter()
         self.bar: tqdm | None = None
         self.wandb: WandbRun | None = None
         self.is_behind = False  # lines are waiting in memory
@@ -71,7 +71,7 @@ class RunLog:
             history, self.incomplete = _merged_record(config, saved) if saved else ([], [])
             damage = [f.damage for f in self.files.values() if f.damage]
             self.incomplete += [sentence for sentence in damage if sentence not in self.incomplete]
-            self.history = json.loads(json.dumps([*history, started]))  # as config.json stores them
+            self.history = json.loads(json.dumps([*history, this_start]))  # as config.json stores them
             resolved = resolved | {"incomplete": self.incomplete, "history": self.history}
             with atomic_write(config) as f:
                 f.write(json.dumps(resolved, indent=2).encode() + b"\n")
@@ -200,7 +200,7 @@ class RunLog:
         return " | ".join(parts)
 
     def _time_left(self, step: float) -> str:
-        per_step = (time.perf_counter() - self.started) / max(step - self.start, 1)
+        per_step = (time.perf_counter() - self.began) / max(step - self.first_step, 1)
         return tqdm.format_interval(per_step * (self.settings.max_iters - step))
 
 

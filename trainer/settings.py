@@ -18,20 +18,6 @@ from trainer.arms import ARMS, CUSTOM, arm_of, check_arm
 from trainer.errors import UserError
 
 PREFIX = "chrono_"
-# The role of a setting: what a change of it affects.
-ROLES = {
-    "model": "shapes of the weights; it cannot change on resume",
-    "computed": "what a run computes",
-    "data": "name of the dataset; runs are compared by the sha256 of their data",
-    "numerics": "precision of what a run computes; not read from a checkpoint of nanoMoE",
-    "length": "number of steps; it can grow on resume",
-    "machine": "where a run computes, and therefore rounding; not read from a checkpoint",
-    "logging": "what a run writes, and when",
-    "start": "one start of the program; not read from a checkpoint",
-    "study": "how a comparison judges a run",
-    "arm": "arm of a comparison that the run belongs to",
-    "seed": "random numbers; runs with the same seed are a pair",
-}
 # Runs that differ in a setting with one of these roles do not compute the same.
 COMPARED = ("model", "computed", "numerics", "length", "study")
 USAGE = f"usage: python train.py [config/FILE.py ...] [--key=value ...] [--help]\n\n{cli.CONFIG_FILES}"
@@ -124,9 +110,11 @@ class Settings:
         1.0, "largest gradient norm; larger gradients are scaled down to it; 0: no clipping", least=0
     )
     decay_lr: bool = option(True, "warm up the learning rate linearly, then decay it along a cosine; False: constant")
-    warmup_iters: int = option(2000, "steps of warm-up", least=0, needs="decay_lr")
-    lr_decay_iters: int = option(600000, "step at which the learning rate reaches min_lr", least=0, needs="decay_lr")
-    min_lr: float = option(6e-5, "lowest learning rate", least=0, needs="decay_lr")
+    warmup_iters: int = option(2000, "steps of warm-up", least=0, only_with="decay_lr")
+    lr_decay_iters: int = option(
+        600000, "step at which the learning rate reaches min_lr", least=0, only_with="decay_lr"
+    )
+    min_lr: float = option(6e-5, "lowest learning rate", least=0, only_with="decay_lr")
 
     # System
     backend: str = option("nccl", "torch.distributed backend between GPUs; CPUs always use gloo", role="machine")

@@ -104,7 +104,8 @@ def set_up(given: dict[str, Any], world: World, interrupt: Interrupt, stack: con
     if saved is not None:
         start.notes += checkpointer.restore(saved)
         loop.began_at = progress.step - int(loop.coherence.step.item())
-    record, start.saved = None if saved is None else record_of(saved), None  # frees the checkpoint's memory
+    record = None if saved is None else record_of(saved)
+    saved = start.saved = None  # free the checkpoint's memory
     autocast = autocast_context(s.dtype, device)
     if s.compile:
         torch._dynamo.config.capture_scalar_outputs = True  # the loop over experts reads their token counts

@@ -1,4 +1,7 @@
-"""One training step: the only implementation, used by train.py, bench.py and the tests."""
+"""One training step, which train.py, bench.py and the tests run.
+
+Only benchmark/one_step.py repeats it, to time other checkouts.
+"""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ Mode = Literal["online", "offline", "disabled"]
 REACH_TIMEOUT = 3.0  # seconds to reach the server
 START_TIMEOUT = 10.0  # seconds for a server that is reached to start the run
 FINISH_TIMEOUT = 120.0  # seconds to upload what is left at the end
-MAX_QUEUED = 1000  # calls
 HASTY_TIMEOUT = 5.0  # the same after a signal
+MAX_QUEUED = 1000  # calls
 
 
 class WandbRun:

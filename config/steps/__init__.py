@@ -1,1 +1,1 @@
-"""The plan's five steps. Each file adds one step to the file before it."""
+"""The loop's five steps. Each file adds one step to the file before it."""

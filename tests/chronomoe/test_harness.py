@@ -1,4 +1,4 @@
-"""The plan's vertical-slice harness, through the public API: chronomoe works with a MoE that is not model.py's."""
+"""The loop around another model, through the public API: chronomoe works with a MoE that is not model.py's."""
 
 import torch
 from torch import nn

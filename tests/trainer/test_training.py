@@ -1,4 +1,4 @@
-"""The plan's five success criteria, on short real training runs of the vertical slice through train.py."""
+"""The loop's five steps, on short real training runs of the vertical slice through train.py."""
 
 from types import SimpleNamespace
 
