@@ -15,6 +15,8 @@ from chronomoe.router import ChronoRouter, RouterBias, RouterState, Routing
 from chronomoe.statistics import collect_trace
 from chronomoe.trace import MoETrace
 
+__version__ = "0.1.0"
+
 __all__ = [
     "ChronoConfig",
     "ChronoLoop",

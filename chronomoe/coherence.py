@@ -20,7 +20,7 @@ from torch import Tensor
 
 from chronomoe.config import ChronoConfig
 from chronomoe.state import StateModule
-from chronomoe.trace import MoETrace, required
+from chronomoe.trace import MoETrace
 
 CLOCKS = ("fast", "mid", "slow")
 
@@ -80,8 +80,8 @@ class CoherenceBuffer(StateModule):
     def update(self, trace: MoETrace, ok: Tensor) -> None:
         """Update the experts that received tokens. Where `ok` [] bool is False only `step` advances."""
         self.step += 1
-        output, gated_output = required(trace.output), required(trace.gated_output)
-        kept_per_expert = required(trace.kept_per_expert)
+        output, gated_output = trace.required("output"), trace.required("gated_output")
+        kept_per_expert = trace.required("kept_per_expert")
         phi_raw = coherence(output, gated_output, self.config.reference)
         active = ok & (kept_per_expert > 0) & (phi_raw.abs() < torch.inf)
         phi_raw = torch.where(active, phi_raw, 0.0).to(self.phi_slow.dtype)

@@ -35,6 +35,8 @@ class ChronoLoop:
 
     The state is on router_state's device. `state_dict` holds the loop's state without router_state, which is in the
     model's own state dict.
+
+    Raises ValueError unless layer_ids has one index per layer of router_state.
     """
 
     def __init__(self, router_state: RouterState, layer_ids: list[int], seed: int = 0):
@@ -42,6 +44,8 @@ class ChronoLoop:
         self.router_state = router_state
         self.layer_ids = list(layer_ids)
         num_layers, num_experts = router_state.beta_coeff.shape
+        if len(self.layer_ids) != num_layers:
+            raise ValueError(f"layer_ids={self.layer_ids} must name the {num_layers} layers of router_state")
         device = router_state.beta_coeff.device
         self.coherence = CoherenceBuffer(num_layers, num_experts, self.config).to(device)
         self.lifecycle = LifecycleCoordinator(num_layers, num_experts, self.config).to(device)
@@ -56,7 +60,10 @@ class ChronoLoop:
 
         found_inf: [] tensor, nonzero if loss or gradient was not finite. The optimizer step was skipped, and so is its
         observation.
+
+        Raises ValueError if the trace is of other layers or experts, or lacks a field that a step needs.
         """
+        trace.check(*self.router_state.beta_coeff.shape)
         trace = trace.summed_over_ranks()
         self._update(trace, found_inf)
         self.last = trace

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from chronomoe.bridge import compute_relevance, disagreement_per_token
 from chronomoe.config import ChronoConfig
 from chronomoe.state import StateModule, widened
-from chronomoe.trace import MoETrace, required
+from chronomoe.trace import MoETrace
 
 
 class RouterBias(NamedTuple):
@@ -71,7 +71,7 @@ class RouterState(StateModule):
     def update(self, trace: MoETrace, ok: Tensor) -> None:
         """Update from one step's trace. Where `ok` [] bool is False nothing changes."""
         config = self.config
-        std = (required(trace.logit_var) / trace.tokens).sqrt()
+        std = (trace.required("logit_var") / trace.tokens).sqrt()
         # the first observation has a weight of 1
         weight = (self.updates == 0).to(std.dtype).clamp_min(1 - config.logit_std_alpha)
         # a logit of -inf has a variance that is not finite, while loss and gradient are finite
@@ -79,7 +79,7 @@ class RouterState(StateModule):
         self.logit_std.lerp_(torch.where(good, std, self.logit_std), weight)
         self.updates += good.all()
         if config.bridge:
-            seen = required(trace.disagreement) / trace.tokens
+            seen = trace.required("disagreement") / trace.tokens
             self.disagreement.copy_(torch.where(ok & (seen < torch.inf), seen, self.disagreement))
             self.relevance.copy_(compute_relevance(self.disagreement, config.disagreement_threshold))
 
@@ -152,7 +152,16 @@ class ChronoRouter(nn.Module):
         return widened(logits), None
 
     def forward(self, x: Tensor, bias: RouterBias | None = None) -> Routing:
-        """Route hidden states x [N, D]."""
+        """Route hidden states x [N, D].
+
+        bias: this layer's of RouterState.layer_biases(); None: no bias. Raises ValueError for other shapes.
+        """
+        if x.dim() != 2:
+            raise ValueError(f"hidden states of shape {list(x.shape)} must be [N, D]: flatten batch and time")
+        if bias is not None and bias.beta_eff.shape != (self.num_experts,):
+            raise ValueError(
+                f"the bias has shape {list(bias.beta_eff.shape)}, and the layer {self.num_experts} experts"
+            )
         z_clean, noise_free = self.clean_logits(x)
         z_biased, relevance = z_clean, None
         if bias is not None:

@@ -9,7 +9,7 @@ Shapes: L MoE layers, E experts, N tokens, K top_k.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,10 +27,10 @@ MAX_ENTRIES = 1 << 22  # entries of [L, E, N] processed at a time: bounds memory
 def collect_trace(
     routings: Sequence[Routing],
     config: ChronoConfig,
-    tokens: int,
-    cross_entropy: Tensor,
-    aux_loss: Tensor,
-    router_z_loss: Tensor,
+    tokens: int | None = None,
+    cross_entropy: Tensor | None = None,
+    aux_loss: Tensor | None = None,
+    router_z_loss: Tensor | None = None,
     kept_per_expert: Sequence[Tensor] = (),
     outputs: Sequence[Tensor] = (),
     logged: bool = True,
@@ -40,12 +40,20 @@ def collect_trace(
     Args:
         routings: one per MoE layer, in the model's order; empty for a dense model.
         config: which steps are on.
-        tokens: number of tokens.
-        cross_entropy, aux_loss, router_z_loss: [], the auxiliary ones summed over layers.
+        tokens: number of tokens; a dense model must give it.
+        cross_entropy: [], the loss; where it is not finite, the loop skips the step. None: 0.
+        aux_loss, router_z_loss: [], summed over layers, unweighted; only logged. None: the routers'.
         kept_per_expert: one [E] per layer, tokens within capacity; empty: all are.
-        outputs: one [2, E, D] per layer, sums of y_e and of g_e y_e; empty where step 2 is off.
+        outputs: one [2, E, D] per layer, sums over tokens of y_e and of g_e y_e; empty where step 2 is off.
         logged: False leaves out the fields that are only logged.
+
+    Raises ValueError if a layer's routing, bias or outputs do not fit the others.
     """
+    tokens = len(routings[0].experts) if tokens is None else tokens
+    _check_layers(routings, config, tokens, kept_per_expert, outputs)
+    cross_entropy = routings[0].gates.new_zeros(()) if cross_entropy is None else cross_entropy
+    aux_loss = _total(routing.aux_loss for routing in routings) if aux_loss is None else aux_loss
+    router_z_loss = _total(routing.router_z_loss for routing in routings) if router_z_loss is None else router_z_loss
     losses = [loss.detach() for loss in (cross_entropy, aux_loss, router_z_loss)]
     sums: dict[str, Any] = routing_sums(routings, config, logged) if routings else {}
     if routings:
@@ -55,6 +63,30 @@ def collect_trace(
     counts: dict[str, Any] = {"tokens": torch.full_like(losses[0], tokens), "batches": torch.ones_like(losses[0])}
     names = ("cross_entropy", "aux_loss", "router_z_loss")
     return MoETrace(**counts | dict(zip(names, losses)) | sums)
+
+
+def _total(losses: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(losses)).sum()
+
+
+def _check_layers(
+    routings: Sequence[Routing],
+    config: ChronoConfig,
+    tokens: int,
+    kept_per_expert: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+) -> None:
+    for i, routing in enumerate(routings):
+        if len(routing.experts) != tokens:
+            raise ValueError(f"layer {i} routed {len(routing.experts)} tokens, not {tokens}")
+        if config.router and routing.bias is None:
+            raise ValueError(f"layer {i} was routed without its bias: give the router RouterState.layer_biases()[{i}]")
+    for name, values, is_needed in (
+        ("kept_per_expert", kept_per_expert, False),
+        ("outputs", outputs, config.coherence),
+    ):
+        if len(values) != len(routings) and (values or is_needed):
+            raise ValueError(f"{name} has {len(values)} entries for {len(routings)} layers")
 
 
 @torch.no_grad()

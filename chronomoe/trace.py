@@ -15,13 +15,6 @@ from torch import Tensor
 LOGGED = frozenset({"prob", "js", "overlap", "flip", "flip_set", "relevance"})
 
 
-def required(x: Tensor | None) -> Tensor:
-    """A field of a trace that must be there. Raises ValueError if it is None."""
-    if x is None:
-        raise ValueError("the trace lacks a field that this step of the loop needs")
-    return x
-
-
 @dataclass
 class MoETrace:
     """Sums over the tokens of one or more micro-batches. No field carries a gradient.
@@ -52,6 +45,23 @@ class MoETrace:
     gated_output: Tensor | None = None  # [L, E, D] gate times expert output; summed over E, the mixture
 
     is_reduced: bool = False  # already summed over ranks
+
+    def required(self, name: str) -> Tensor:
+        """The field `name`. Raises ValueError if it is None."""
+        value = getattr(self, name)
+        if value is None:
+            raise ValueError(f"the trace has no {name}: build it with collect_trace and the config of the RouterState")
+        return value
+
+    def check(self, num_layers: int, num_experts: int) -> None:
+        """Raise ValueError unless the shape of each field begins with [L, E], [L] or []."""
+        for name, value in self.present().items():
+            expected = (num_layers, num_experts)[: value.dim()]
+            if value.shape[:2] != expected:
+                raise ValueError(
+                    f"the trace's {name} has shape {list(value.shape)}; the loop has {num_layers} layers of "
+                    f"{num_experts} experts"
+                )
 
     def present(self) -> dict[str, Tensor]:
         """The tensors that are not None, by name."""

@@ -1,46 +1,22 @@
-"""The loop around another model, through the public API: chronomoe works with a MoE that is not model.py's."""
+"""The library by itself: the loop around a layer that is not model.py's, and errors of its users."""
 
+from dataclasses import replace
+
+import pytest
 import torch
-from torch import nn
 
-from chronomoe import ChronoLoop, ChronoRouter, RouterState, collect_trace
+from chronomoe import ChronoConfig, ChronoLoop, ChronoRouter, RouterState, collect_trace
+from docs.own_layer import Layer, train
 from tests.helpers.models import chrono
 
 
-class SimpleMoELayer(nn.Module):
-    """A router and linear experts, each applied to all tokens."""
-
-    def __init__(self, config, d_model=32, num_experts=8):
-        super().__init__()
-        self.router = ChronoRouter(d_model, num_experts, 2, config)
-        self.experts = nn.ModuleList([nn.Linear(d_model, d_model) for _ in range(num_experts)])
-        self.router_state = RouterState(1, num_experts, config)
-
-    def forward(self, x):
-        routing = self.router(x, self.router_state.layer_biases()[0])
-        gates = torch.zeros_like(routing.z_clean).scatter(-1, routing.experts, routing.gates).unsqueeze(-1)  # [N, E, 1]
-        outputs = torch.stack([expert(x) for expert in self.experts], dim=1)  # [N, E, D]
-        sums = torch.stack([(outputs * (gates > 0)).sum(0), (outputs * gates).sum(0)]).detach()
-        losses = torch.zeros(()), routing.aux_loss, routing.router_z_loss
-        return (gates * outputs).sum(1), collect_trace([routing], self.router.config, len(x), *losses, outputs=[sums])
-
-
-def test_the_loop_closes_on_another_moe():
-    config = chrono(eta=0.02, k_max=1.0, bridge_threshold=2e-4)
-    layer = SimpleMoELayer(config)
-    loop = ChronoLoop(layer.router_state, layer_ids=[0])
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-3)
-    target = nn.Linear(32, 32)
-    for _ in range(150):
-        x = torch.randn(64, 32)
-        y, trace = layer(x)
-        (y - target(x).detach()).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        before = layer.router_state.beta_coeff.clone()
-        loop.step(trace)
-
-    values, states = loop.read(), loop.snapshot()
+def test_the_loop_closes_on_another_layer():
+    layer = Layer(32, 8, chrono(eta=0.02, k_max=1.0, bridge_threshold=2e-4))
+    loop = train(layer, steps=149)
+    before = layer.router_state.beta_coeff.clone()
+    _, trace = layer(torch.randn(64, 32))
+    loop.step(trace)
+    config, values, states = loop.config, loop.read(), loop.snapshot()
     beta, phi = layer.router_state.beta_coeff, loop.coherence.phi("slow")
     free = beta.abs() < config.k_max
     torch.testing.assert_close((beta - before)[free], config.eta * (phi - config.tau)[free])
@@ -49,3 +25,34 @@ def test_the_loop_closes_on_another_moe():
     low = {f"L0_E{e}" for (_, e), state in states.items() if state.phi_slow < config.prune_phi}
     assert {d.expert_id for d in loop.report()} == low  # over 1000 tokens and 100 updates each
     assert len(layer.experts) == 8  # nothing is pruned
+
+
+STATE, ROUTER = RouterState(2, 4, chrono()), ChronoRouter(8, 4, 2, chrono())
+LOOP, X = ChronoLoop(STATE, [0, 2]), torch.ones(6, 8)
+BIASES = STATE.layer_biases()
+SUMS = torch.ones(2, 4, 8)
+
+
+def traced(biases=BIASES, **arguments):
+    return collect_trace([ROUTER(X, bias) for bias in biases], STATE.config, **{"outputs": [SUMS] * 2} | arguments)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ChronoLoop(STATE, [0]), "2 layers of router_state"),
+        (lambda: LOOP.step(traced(BIASES[:1], outputs=[SUMS])), r"shape \[1, 4\]; the loop has 2 layers of 4 experts"),
+        (lambda: LOOP.step(replace(traced(), logit_var=None)), "the trace has no logit_var"),
+        (lambda: ROUTER(X.view(2, 3, 8), BIASES[0]), r"\[2, 3, 8\] must be \[N, D\]"),
+        (lambda: ROUTER(X, RouterState(1, 3, chrono()).layer_biases()[0]), r"bias has shape \[3\], and .* 4 experts"),
+        (lambda: traced([BIASES[0], None]), r"layer 1 was routed without its bias: .*layer_biases\(\)\[1\]"),
+        (lambda: traced(outputs=[]), "outputs has 0 entries for 2 layers"),
+        (lambda: traced(kept_per_expert=[torch.ones(4)]), "kept_per_expert has 1 entries for 2 layers"),
+        (lambda: traced(tokens=5), "layer 0 routed 6 tokens, not 5"),
+        (lambda: ChronoConfig(signal="laod"), "did you mean 'load'"),
+        (lambda: ChronoConfig(eta=-5.0), "eta=-5.0 must be a number at least 0"),
+    ],
+)
+def test_a_mistake_is_an_error_at_the_call(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
