@@ -25,6 +25,10 @@ run in bfloat16.
 
 from __future__ import annotations
 
+from trainer.errors import UserError, run_script  # first, so that Ctrl-C during the other imports is quiet
+
+# isort: split
+
 import json
 import os
 import platform
@@ -41,7 +45,6 @@ from trainer import cli
 from trainer.device import select_device
 from trainer.distributed import process_group
 from trainer.environment import describe_environment
-from trainer.errors import UserError, run_script
 from trainer.settings import Settings
 
 PARTS = {

@@ -15,6 +15,10 @@ requirements-compare.txt.
 
 from __future__ import annotations
 
+from trainer.errors import UserError, run_script  # first, so that Ctrl-C during the other imports is quiet
+
+# isort: split
+
 import os
 import shlex
 import sys
@@ -27,7 +31,6 @@ from chronomoe.options import option, options_of, same_option
 from trainer import cli
 from trainer import settings as setting
 from trainer.arms import ARMS
-from trainer.errors import UserError, run_script
 from trainer.interrupt import Interrupt
 from trainer.lock import folder_lock
 from trainer.settings import Settings
@@ -58,7 +61,7 @@ def main(arguments: list[str]) -> int:
     if not arguments or cli.asks_for_help(arguments):
         print(cli.help_text(__doc__, options_of(Options)))
         return 0
-    own, line = read_options(arguments)
+    arguments, own, line = read_options(arguments)
     folders = [Path(a) for a in line.arguments if not a.endswith(".py")]
     configs = [a for a in line.arguments if a.endswith(".py")]
     given = [*configs, *(f"--{name}" for name in line.options)]
@@ -133,13 +136,17 @@ def write_report(sources: Iterable[Any], load: Callable[[Any], Run], out: Path, 
     print(f"the report is {out / 'report.html'} (and report.md); its numbers are in {out / 'comparison.json'}")
 
 
-def read_options(arguments: list[str]) -> tuple[Options, cli.CommandLine]:
-    """The options of compare.py, and the command line, whose options include those of train.py. Raises UserError."""
+def read_options(arguments: list[str]) -> tuple[list[str], Options, cli.CommandLine]:
+    """The arguments as --key=value, the options of compare.py, and the command line, which includes those of train.py.
+
+    Raises UserError for an unknown option or a wrong value.
+    """
     hints = dict.fromkeys(("seed", "arm"), "a study sets seed and arm itself; give --seeds=N and --arms=A,B")
     own = options_of(Options)
     known = {name: key for name, key in setting.keys().items() if name not in hints} | dict(own)
+    arguments = cli.joined(arguments, known)
     line = cli.parse(arguments, known, positional=True, hints=hints)
-    return Options(**{name: value for name, value in line.options.items() if name in own}), line
+    return arguments, Options(**{name: value for name, value in line.options.items() if name in own}), line
 
 
 if __name__ == "__main__":

@@ -8,8 +8,11 @@ python sample.py --help
 
 from __future__ import annotations
 
+from trainer.errors import UserError, run_script  # first, so that Ctrl-C during the other imports is quiet
+
+# isort: split
+
 import io
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +26,6 @@ from model import GPT, GPT2_MODELS
 from trainer import checkpoint, cli
 from trainer.data import DATA, read_meta
 from trainer.device import autocast_context, resolve_dtype, select_device
-from trainer.errors import UserError, run_script
 from trainer.settings import Settings, keys
 from trainer.weights import build_model, find_weights, is_gpt2, load_checkpoint
 
@@ -60,7 +62,7 @@ class SampleSettings:
 
 
 def main(arguments: list[str]) -> int:
-    """Print samples. Returns the exit status: 0, 130 after Ctrl-C, 141 if the reader of stdout has closed it."""
+    """Print samples. Returns the exit status: 0, or 130 after Ctrl-C."""
     if cli.asks_for_help(arguments):
         print(cli.help_text(USAGE, options_of(SampleSettings)))
         return 0
@@ -72,9 +74,6 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print()
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-        return 141
     return 0
 
 

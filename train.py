@@ -10,13 +10,16 @@ The settings are declared in trainer/settings.py, trainer/setup.py builds the ru
 
 from __future__ import annotations
 
+from trainer.errors import run_script  # first, so that Ctrl-C during the other imports is quiet
+
+# isort: split
+
 import math
 
 import torch
 
 from trainer import cli, messages
 from trainer import settings as setting
-from trainer.errors import run_script
 from trainer.flops import flops_per_token, peak
 from trainer.guard import Skipped
 from trainer.progress import Line

@@ -18,8 +18,6 @@ from dataclasses import dataclass
 
 import torch
 
-from trainer.errors import UserError
-
 Times = dict[str, list[float]]  # ms of each turn, by competitor
 MAX_ERROR = 0.05  # a ratio is noisy if its 95% interval extends further than this on either side
 
@@ -165,11 +163,8 @@ class Report:
         self.tables: list[dict] = []
 
     def info(self, line: str) -> None:
-        """Print a line. Raises UserError if the reader has closed the pipe."""
-        try:
-            print(line, file=sys.stderr if self.quiet else sys.stdout, flush=True)
-        except BrokenPipeError:
-            raise UserError("the reader of the tables has closed the pipe; write them to a file") from None
+        """Print a line."""
+        print(line, file=sys.stderr if self.quiet else sys.stdout, flush=True)
 
     def comparison(
         self, part: str, title: str, times: Times | list[Times], pairs: Sequence[tuple[str, str]] = (), **facts

@@ -34,7 +34,9 @@ class ChronoConfig:
     Raises ValueError for a wrong type, a value out of range, or a step whose needed steps are off.
     """
 
-    router: bool = option(False, "step 1: add beta to the routing logits, measure clean against biased routing")
+    router: bool = option(
+        False, "step 1: add beta to the routing logits, measure clean against biased routing", group="Steps of the loop"
+    )
     coherence: bool = option(False, "step 2: track each expert's coherence with its layer")
     beta: bool = option(False, "step 3: let coherence move beta (needs steps 1 and 2)")
     bridge: bool = option(
@@ -47,6 +49,7 @@ class ChronoConfig:
         "what drives beta; 'shuffled' (another expert's coherence) and 'load' (load balance) are controls",
         choices=("coherence", "shuffled", "load"),
         only_with="beta",
+        group="Beta (step 3)",
     )
     k_max: float = option(0.3, "bound of beta on either side, in units of logit_std", least=0, only_with="beta")
     eta: float = option(1e-4, "drift of beta per step, per unit of (phi_slow - tau)", least=0, only_with="beta")
@@ -61,7 +64,14 @@ class ChronoConfig:
         only_with="beta",
     )
 
-    logit_std_alpha: float = option(0.99, "EMA factor of logit_std", least=0, below=1, only_with="router")
+    logit_std_alpha: float = option(
+        0.99,
+        "EMA factor of logit_std",
+        least=0,
+        below=1,
+        only_with="router",
+        group="Measurements (steps 1 and 2)",
+    )
     alpha_fast: float = option(0.9, "EMA factor of phi_fast", least=0, below=1, only_with="coherence")
     alpha_mid: float = option(0.99, "EMA factor of phi_mid", least=0, below=1, only_with="coherence")
     alpha_slow: float = option(0.999, "EMA factor of phi_slow", least=0, below=1, only_with="coherence")
@@ -82,7 +92,11 @@ class ChronoConfig:
     )
 
     bridge_signal: str = option(
-        "js", "disagreement that the bridge reads", choices=("js", "overlap"), only_with="bridge"
+        "js",
+        "disagreement that the bridge reads",
+        choices=("js", "overlap"),
+        only_with="bridge",
+        group="Bridge (step 4)",
     )
     bridge_threshold: float | None = option(
         None,
@@ -99,7 +113,13 @@ class ChronoConfig:
     )
 
     prune_phi: float = option(
-        0.3, "low_coherence: phi_slow below this", least=-1, most=1, only_with="lifecycle", role="logging"
+        0.3,
+        "low_coherence: phi_slow below this",
+        least=-1,
+        most=1,
+        only_with="lifecycle",
+        role="logging",
+        group="Lifecycle (step 5)",
     )
     prune_min_tokens: int = option(
         1000, "low_coherence: only with more tokens than this", least=0, only_with="lifecycle", role="logging"

@@ -34,6 +34,7 @@ def option(
     *,
     role: Role = "computed",
     only_with: str | None = None,
+    group: str = "",
     choices: tuple[Any, ...] | None = None,
     above: float | None = None,
     least: float | None = None,
@@ -47,12 +48,15 @@ def option(
         help: meaning, for --help.
         role: what a change of the value affects.
         only_with: name of a field; while that is off, the value has no effect.
+        group: heading in --help above this field and those after it.
         choices: allowed values.
         above, below: exclusive bounds.
         least, most: inclusive bounds.
     """
     limits = {"choices": choices, "above": above, "least": least, "below": below, "most": most}
-    return dataclasses.field(default=default, metadata={"help": help, "role": role, "only_with": only_with, **limits})
+    return dataclasses.field(
+        default=default, metadata={"help": help, "role": role, "only_with": only_with, "group": group, **limits}
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +153,12 @@ def is_active(name: str, values: Mapping[str, Any], declared: Mapping[str, Optio
     return other is None or (bool(values.get(other)) and is_active(other, values, declared))
 
 
-def same_option(owner: type, name: str, default: Any = dataclasses.MISSING) -> Any:
-    """The option `name` of the dataclass `owner` as a field of another dataclass, optionally with another default."""
+def same_option(owner: type, name: str, default: Any = dataclasses.MISSING, *, group: str = "") -> Any:
+    """The option `name` of the dataclass `owner` as a field of another dataclass, in `group`.
+
+    default: another default.
+    """
     f = next(f for f in dataclasses.fields(owner) if f.name == name)
-    return dataclasses.field(default=f.default if default is dataclasses.MISSING else default, metadata=f.metadata)
+    return dataclasses.field(
+        default=f.default if default is dataclasses.MISSING else default, metadata={**f.metadata, "group": group}
+    )

@@ -1,4 +1,4 @@
-"""Parse a command line: --key=value, config files, other arguments. Print --help from the declarations of options.
+"""Parse a command line: --key=value or --key value, config files, other arguments. Print --help from the options.
 
 Options are declared with chronomoe.options.option. A bare --key sets a True/False option to True. A config file is
 Python that assigns values to options. Later files win over earlier ones, and the command line wins over files.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ast
 import difflib
+import shutil
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +23,7 @@ from trainer.files import read_text
 if TYPE_CHECKING:  # importing chronomoe imports torch, which the data preparers do not need
     from chronomoe.options import Option
 
+BOOLS = {"true": True, "false": False, "1": True, "0": False}
 ROOT = Path(__file__).parent.parent
 CONFIG_FILES = "Config files are Python: assignments to these keys. Later files and --key=value win."
 
@@ -59,7 +62,7 @@ def parse(
     Raises UserError for an unknown option, a wrong type or value, an unexpected argument or an invalid config file.
     """
     line = CommandLine()
-    for argument in arguments:
+    for argument in joined(arguments, known):
         if not argument.startswith("-"):
             if config_files:
                 line.file_options |= read_config_file(argument, known, hints)
@@ -79,17 +82,35 @@ def parse(
     return line
 
 
+def joined(arguments: list[str], known: Mapping[str, Option]) -> list[str]:
+    """The command line with `--key value` as `--key=value`. A True/False option takes only true, false, 1 or 0."""
+    found: list[str] = []
+    for argument in arguments:
+        option = known.get(found[-1].removeprefix("--")) if found and found[-1].startswith("--") else None
+        if option is None or argument.startswith("--") or (option.kind is bool and argument.lower() not in BOOLS):
+            found.append(argument)
+        else:
+            found[-1] += f"={argument}"
+    return found
+
+
 def asks_for_help(arguments: list[str]) -> bool:
     return "--help" in arguments or "-h" in arguments
 
 
 def help_text(usage: str, known: Mapping[str, Option]) -> str:
     """The text of --help: `usage`, then each option with its default, meaning and choices."""
-    lines = [usage.rstrip(), ""]
+    width = min(shutil.get_terminal_size().columns, 120)
+    lines = [usage.rstrip()]
     for option in known.values():
         meaning, choices = option.metadata["help"], option.metadata["choices"] or ()
         listed = f" ({option.expected()})" if any(c and repr(c) not in meaning for c in choices) else ""
-        lines.append(f"  {option.name} = {option.default!r}\n      {meaning}{listed}")
+        if option.metadata["group"] or len(lines) == 1:
+            lines += ["", option.metadata["group"] or "Options"]
+        lines.append(f"  --{option.name}={option.default}")
+        indent = " " * 6
+        text = textwrap.fill(meaning + listed, width, initial_indent=indent, subsequent_indent=indent)
+        lines.append(text)
     return "\n".join(lines)
 
 
@@ -114,6 +135,8 @@ def parse_value(option: Option, text: str) -> Any:
     """The value of --key=text, not checked: a string for a string option, else a Python literal."""
     if option.kind is str:
         return None if option.optional and text == "None" else text
+    if option.kind is bool and text.lower() in BOOLS:
+        return BOOLS[text.lower()]
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
@@ -161,8 +184,11 @@ def unknown(name: str, where: str, known: Mapping[str, Option], hints: Mapping[s
     """Raise UserError for a name that is not an option; `where` is the argument or the config file that sets it."""
     if hints and name in hints:
         raise UserError(f"{where}: {hints[name]}")
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]}?" if near else "--help lists them"
+    # also compare with the part after a prefix: 'eta' with 'chrono_eta'
+    whole = {option.name: option.name for option in known.values()} | {n: n for n in known}
+    after_prefix = {n.partition("_")[2]: n for n in known if "_" in n}
+    near = difflib.get_close_matches(name, candidates := after_prefix | whole, n=1)
+    hint = f"did you mean {candidates[near[0]]}?" if near else "--help lists them"
     raise UserError(f"{where}: there is no setting {name!r}; {hint}")
 
 

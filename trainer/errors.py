@@ -1,9 +1,21 @@
-"""Errors that a user can cause: one line, exit status 2, no traceback."""
+"""Errors that a user can cause: one line, exit status 2, no traceback.
+
+Each program imports this module first: importing it hides the traceback of Ctrl-C during the imports that follow.
+"""
 
 import contextlib
 import os
 import sys
 from collections.abc import Callable
+from types import TracebackType
+
+
+def _quiet_interrupt(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, traceback)
+
+
+sys.excepthook = _quiet_interrupt
 
 
 class UserError(Exception):
@@ -27,7 +39,10 @@ def skip_exit_handlers() -> None:
 
 
 def run_script(main: Callable[[list[str]], int | None]) -> None:
-    """Call a script's main with the command line's arguments and exit with its status, 2 for a UserError."""
+    """Call a script's main with the command line's arguments and exit with its status.
+
+    2 for a UserError, 130 after Ctrl-C, 141 if the reader of stdout has closed it.
+    """
     _exit_handlers_run[0] = True
     try:
         status = main(sys.argv[1:])
@@ -37,6 +52,9 @@ def run_script(main: Callable[[list[str]], int | None]) -> None:
         status = 2
     except KeyboardInterrupt:
         status = 130
+    except BrokenPipeError:  # the reader of stdout has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the flush at exit
+        status = 141
     try:
         sys.stdout.flush()
         sys.stderr.flush()

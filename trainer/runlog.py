@@ -2,7 +2,7 @@
 
 In out_dir: config.json (every setting as resolved, the environment, the history of starts, and what is missing from the
 logs), metrics.jsonl (a line per logged step), decisions.jsonl (a line when a prune candidate opens or is withdrawn).
-The console shows a line per logged step.
+Console prints a row per logged step.
 """
 
 from __future__ import annotations
@@ -11,23 +11,16 @@ import contextlib
 import dataclasses
 import json
 import os
-import sys
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from chronomoe import PruneDecision
 from trainer import checkpoint
+from trainer.console import Console
 from trainer.errors import UserError
 from trainer.files import JsonLines, atomic_write, parse_json, read_text, remove_partial_files
 from trainer.settings import Settings
 from trainer.wandb_run import WandbRun
-
-tqdm.set_lock(threading.RLock())  # tqdm's default is a system semaphore, which a killed process leaves behind
-
 
 # keys of a checkpoint that RunLog reads on resume; checkpoint.is_ours reads 'random'
 RECORD = ("lines", "lines_sha256", "history", "incomplete", "wandb_id", "unfinished", "random")
@@ -56,9 +49,7 @@ class RunLog:
     ):
         self.settings = settings
         self.out_dir = Path(settings.out_dir)
-        self.first_step = step
-        self.began = time.perf_counter()
-        self.bar: tqdm | None = None
+        self.console = Console(settings, step)
         self.wandb: WandbRun | None = None
         self.is_behind = False  # lines are waiting in memory
         self.closed = False
@@ -84,8 +75,6 @@ class RunLog:
             self.wandb = WandbRun(
                 self.info, self.out_dir, resumed=wandb_id is not None, config=resolved, id=wandb_id, **identity
             )
-        if sys.stdout.isatty():
-            self.bar = tqdm(total=settings.max_iters, initial=step, unit="step", dynamic_ncols=True, file=sys.stdout)
 
     def _open_logs(self, step: int, saved: dict[str, Any] | None) -> dict[str, JsonLines]:
         saved = {"lines": {"metrics": 0, "decisions": 0}} if saved is None else saved
@@ -117,25 +106,18 @@ class RunLog:
 
     def info(self, line: str) -> None:
         """Print a line."""
-        with contextlib.suppress(OSError):  # a closed terminal or a full disk does not stop the run
-            if self.bar is not None:
-                tqdm.write(line, file=sys.stdout)
-            else:
-                sys.stdout.write(f"{line}\n")  # one write: other threads print too
-                sys.stdout.flush()
+        self.console.info(line)
 
     def advance(self) -> None:
         """Count a finished step in the progress bar."""
-        if self.bar is not None:
-            with contextlib.suppress(OSError):
-                self.bar.update()
+        self.console.advance()
 
     def metrics(self, values: dict[str, float | None]) -> None:
         """Log a step's metrics by name; `values` includes `step`."""
         self._append("metrics", values)
         if self.wandb:
             self.wandb.log(values)
-        self.info(self._summary(values))
+        self.console.row(values)
 
     def decisions(self, decisions: list[PruneDecision]) -> None:
         """Log prune candidates that opened or were withdrawn. Nothing is pruned."""
@@ -153,9 +135,7 @@ class RunLog:
         if self.closed:
             return
         self.closed = True
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
+        self.console.close()
         if self.wandb:
             self.wandb.finish(in_haste)
         for f in self.files.values():
@@ -177,31 +157,6 @@ class RunLog:
             if self.is_behind:
                 self.info("the lines that were waiting are written")
             self.is_behind = False
-
-    def _summary(self, v: dict[str, float | None]) -> str:
-        parts = [f"step {v['step']:>{len(str(self.settings.max_iters))}}"]
-        if "train/loss" in v:
-            parts.append(f"loss {v['train/loss']:.4f}")
-        if "val/loss" in v:
-            parts.append(f"val {v['val/loss']:.4f}")
-        if "time/tokens_per_s" in v:
-            parts += [f"{v['time/tokens_per_s']:,.0f} tok/s", f"left {self._time_left(v['step'] or 0)}"]
-        chrono = self.settings.chrono
-        if any(name.startswith("beta/") for name in v):
-            parts.append(f"beta {_range(v, 'beta/', '/min', '/max')}")
-            parts.append(f"JS {_worst(v, '/js', max):.1e}")
-            parts.append(f"flip {_worst(v, '/flip', max):.3f}")
-        if chrono.bridge and any(name.endswith("/relevance") for name in v):
-            parts.append(f"r {_worst(v, '/relevance', min):.2f}")
-        if chrono.coherence and any(name.startswith("coherence/") for name in v):
-            parts.append(f"phi {_range(v, 'coherence/', '/phi_slow_min', '/phi_slow_max')}")
-        if v.get("lifecycle/candidates"):
-            parts.append(f"candidates {v['lifecycle/candidates']:.0f}")
-        return " | ".join(parts)
-
-    def _time_left(self, step: float) -> str:
-        per_step = (time.perf_counter() - self.began) / max(step - self.first_step, 1)
-        return tqdm.format_interval(per_step * (self.settings.max_iters - step))
 
 
 class NoLog:
@@ -228,15 +183,6 @@ class ConsoleLog(NoLog):
 
     def info(self, line: str) -> None:
         print(line)
-
-
-def _worst(values: dict[str, float | None], ending: str, pick: Any) -> float:
-    return pick([x for name, x in values.items() if name.endswith(ending) and x is not None], default=float("nan"))
-
-
-def _range(values: dict[str, float | None], start: str, low: str, high: str) -> str:
-    own = {name: x for name, x in values.items() if name.startswith(start)}
-    return f"{_worst(own, low, min):+.3f}..{_worst(own, high, max):+.3f}"
 
 
 def wandb_identity(settings: Settings) -> dict[str, Any]:

@@ -27,8 +27,7 @@ USAGE = f"usage: python train.py [config/FILE.py ...] [--key=value ...] [--help]
 class Settings:
     """The settings of a run. `flat()` returns them by the keys that users write."""
 
-    # Run
-    out_dir: str = option("out", "folder that the run writes to", role="start")
+    out_dir: str = option("out", "folder that the run writes to", role="start", group="Run")
     init_from: str = option(
         "scratch",
         "'scratch': new weights; 'resume': continue the run in out_dir; "
@@ -63,28 +62,33 @@ class Settings:
         10.0, "save a checkpoint when the last one is this many minutes old; 0: never", least=0, role="logging"
     )
 
-    # Weights & Biases
-    wandb_log: bool = option(False, "log to Weights & Biases too; offline without a login or a network", role="start")
+    wandb_log: bool = option(
+        False,
+        "log to Weights & Biases too; offline without a login or a network",
+        role="start",
+        group="Weights & Biases",
+    )
     wandb_project: str = option("nano-chronomoe", "project in W&B", role="start")
     wandb_run_name: str = option("", "name of the run in W&B; empty: the name of out_dir", role="start")
 
-    # Data
     dataset: str = option(
-        "openwebtext", "folder under data/, or a path to a folder, with train.bin and val.bin", role="data"
+        "openwebtext",
+        "folder under data/, or a path to a folder, with train.bin and val.bin",
+        role="data",
+        group="Data",
     )
     gradient_accumulation_steps: int = option(40, "micro-batches per step, over all ranks", least=1)
     batch_size: int = option(12, "sequences per micro-batch", least=1)
     block_size: int = same_option(GPTConfig, "block_size")
 
-    # Model. A default here is that of nanoMoE's train.py where nanoMoE's GPTConfig has another.
-    n_layer: int = same_option(GPTConfig, "n_layer")
+    # a default here is that of nanoMoE's train.py where nanoMoE's GPTConfig has another
+    n_layer: int = same_option(GPTConfig, "n_layer", group="Model")
     n_head: int = same_option(GPTConfig, "n_head")
     n_embd: int = same_option(GPTConfig, "n_embd")
     dropout: float = same_option(GPTConfig, "dropout")
     bias: bool = same_option(GPTConfig, "bias", False)
 
-    # Mixture of experts
-    n_exp: int = same_option(GPTConfig, "n_exp")
+    n_exp: int = same_option(GPTConfig, "n_exp", group="Mixture of experts")
     top_k: int = same_option(GPTConfig, "top_k")
     use_aux_loss: bool = same_option(GPTConfig, "use_aux_loss")
     use_router_z_loss: bool = same_option(GPTConfig, "use_router_z_loss")
@@ -100,8 +104,7 @@ class Settings:
     router_use_full_prec: bool = same_option(GPTConfig, "router_use_full_prec")
     norm_topk_prob: bool = same_option(GPTConfig, "norm_topk_prob")
 
-    # Optimizer
-    learning_rate: float = option(6e-4, "highest learning rate", least=0)
+    learning_rate: float = option(6e-4, "highest learning rate", least=0, group="Optimizer")
     max_iters: int = option(600000, "optimizer steps", least=0, role="length")
     weight_decay: float = option(1e-1, "weight decay of AdamW", least=0)
     beta1: float = option(0.9, "beta1 of AdamW", least=0, below=1)
@@ -116,8 +119,9 @@ class Settings:
     )
     min_lr: float = option(6e-5, "lowest learning rate", least=0, only_with="decay_lr")
 
-    # System
-    backend: str = option("nccl", "torch.distributed backend between GPUs; CPUs always use gloo", role="machine")
+    backend: str = option(
+        "nccl", "torch.distributed backend between GPUs; CPUs always use gloo", role="machine", group="System"
+    )
     device: str = option(
         "auto", "'auto' (CUDA if available, else the CPU), 'cpu', 'cuda', 'cuda:1' or 'mps'", role="machine"
     )
@@ -129,7 +133,6 @@ class Settings:
     )
     compile: bool = option(False, "compile the model with torch.compile", role="numerics")
 
-    # The loop
     chrono: ChronoConfig = field(default_factory=ChronoConfig)
 
     def flat(self) -> dict[str, Any]:

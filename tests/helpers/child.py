@@ -85,8 +85,8 @@ def wait_for(condition, seconds: float = 30):
 
 
 def wait_for_step(log: Path, step: int, seconds: float = 30):
-    """Wait until `log` has the console line of this step."""
-    wait_for(lambda: log.exists() and any(line.split()[:2] == ["step", str(step)] for line in log.open()), seconds)
+    """Wait until `log` has the row of this step."""
+    wait_for(lambda: log.exists() and any(line.split()[:1] == [str(step)] for line in log.open()), seconds)
 
 
 def _run(arguments: list[str], log: str, file_limit: int | None, environment: dict) -> None:
