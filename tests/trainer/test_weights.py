@@ -79,17 +79,16 @@ def settings_of(out, names):
 
 
 def test_the_settings_of_the_model_are_those_of_its_weights_unless_others_are_given(start, begin, tmp_path):
-    source, same, other, to_experts = (tmp_path / name for name in ("source", "same", "other", "to_experts"))
+    source, same, other, dense, to_experts = (tmp_path / name for name in ("source", "same", "other", "dense", "moe"))
     assert start(source, **OTHER, max_iters=1) == 0
-    begin(same, source)
-    assert settings_of(same, OTHER) == OTHER
+    assert begin(same, source) == 0 and settings_of(same, OTHER) == OTHER
     assert runs.val_losses(same)[0] == pytest.approx(runs.val_losses(source)[-1], rel=1e-6)
     given = dict(top_k=1, dropout=0.0, eval_capacity=None)
     begin(other, source, **given)
     assert settings_of(other, OTHER) == OTHER | given
     # a dense checkpoint does not fix the settings of experts
-    assert start(tmp_path / "dense", **OTHER | dict(n_exp=1, use_noisy_top_k=False), max_iters=1) == 0
-    begin(to_experts, tmp_path / "dense", n_exp=4)
+    assert start(dense, **OTHER | dict(n_exp=1, use_noisy_top_k=False), max_iters=1) == 0
+    begin(to_experts, dense, n_exp=4)
     defaults = from_arguments([]).flat()
     assert settings_of(to_experts, OTHER) == {key: defaults[key] for key in OTHER} | dict(n_exp=4, dropout=0.25)
 
