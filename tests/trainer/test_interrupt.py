@@ -18,14 +18,8 @@ from trainer.runlog import RunLog
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_ends_the_step_and_saves_it_for_resume(number, full_run, keys, resume, monkeypatch, capsys, out):
-    done, handlers = [], [signal.getsignal(n) for n in SIGNALS]
-
-    def advance(log):
-        done.append(1)
-        if len(done) == 2:
-            signal.raise_signal(number)
-
-    monkeypatch.setattr(RunLog, "advance", advance)
+    steps, handlers = iter(range(1, 100)), [signal.getsignal(n) for n in SIGNALS]
+    monkeypatch.setattr(RunLog, "advance", lambda log: signal.raise_signal(number) if next(steps) == 2 else None)
     assert train.main(keys(out)) == 128 + number
     assert "--init_from=resume" in capsys.readouterr().out
     assert [signal.getsignal(n) for n in SIGNALS] == handlers
@@ -44,22 +38,21 @@ def test_an_evaluation_that_a_signal_interrupts_is_done_after_resume(full_run, k
         return original(self, split, *rest)
 
     monkeypatch.setattr(TokenData, "batch", batch)
-    assert train.main(keys(out)) == 128 + signal.SIGTERM
-    assert batches.count("val") == 3
+    assert train.main(keys(out)) == 128 + signal.SIGTERM and batches.count("val") == 3
     assert runs.steps(out) == [0, 1, 2] and runs.checkpoint(out)["unfinished"]["step"] == 3
     assert resume(out) == 0
     assert batches.count("val") == 3 + 4  # of steps 3 and 6
     runs.assert_same_run(out, full_run)
 
 
-@pytest.mark.parametrize(("output", "number"), [("file", 15), ("pipe", signal.SIGINT), ("terminal", signal.SIGHUP)])
-def test_a_signal_saves_and_sets_the_exit_status_even_if_nobody_reads_the_output(output, number, keys, tmp_path, out):
+@pytest.mark.parametrize(("output", "number"), [("pipe", signal.SIGINT), ("terminal", signal.SIGHUP)])
+def test_a_signal_saves_and_sets_the_exit_status_though_nobody_reads_the_output(output, number, keys, tmp_path, out):
     """`... 2>&1 | tee log` and Ctrl-C, which ends tee first; a terminal that is closed."""
-    log, ends = tmp_path / "log", []
     if output == "pipe":
+        log = tmp_path / "log"
         os.mkfifo(log)
         ends = [os.open(log, os.O_RDONLY | os.O_NONBLOCK)]
-    elif output == "terminal":
+    else:
         ends = os.openpty()
         log = os.ttyname(ends[1])
     process = child.start(keys(out, **runs.LONG), log)
@@ -68,9 +61,6 @@ def test_a_signal_saves_and_sets_the_exit_status_even_if_nobody_reads_the_output
         os.close(end)
     assert child.stop(process, number) == 128 + number
     assert runs.checkpoint(out)["iter_num"] == runs.steps(out)[-1] > 1
-    if output == "file":
-        text = log.read_text()
-        assert "stopping after this step" in text and "--init_from=resume" in text and "Traceback" not in text
 
 
 def test_a_second_signal_stops_at_once_and_leaves_the_checkpoint_unchanged(half, keys, log):
@@ -116,29 +106,27 @@ def test_a_run_whose_parent_ends_saves_and_stops(keys, out, log):
     assert runs.checkpoint(out)["iter_num"] == runs.steps(out)[-1] > 1
 
 
-@pytest.mark.parametrize("is_parent", [True, False])
-def test_the_end_of_the_parent_is_a_sigterm_unless_a_signal_was_received(is_parent, monkeypatch):
-    sent, is_alive = [], [True]
+def test_the_end_of_the_parent_is_a_sigterm_unless_a_signal_was_received(monkeypatch):
+    sent, parent = [], [77]
     monkeypatch.setattr(interrupt, "POLL_SECONDS", 0.001)
     monkeypatch.setattr(interrupt.os, "kill", lambda *call: sent.append(call))
-    monkeypatch.setattr(interrupt.os, "getppid", lambda: 77 if is_alive[0] and is_parent else 1)
+    monkeypatch.setattr(interrupt.os, "getppid", lambda: parent[0])
     # the id of a parent that ended can belong to another process
-    monkeypatch.setattr(interrupt, "_exists", lambda process: process == 77 and (is_alive[0] or is_parent))
+    monkeypatch.setattr(interrupt, "_exists", lambda process: process == 77)
     monkeypatch.setenv(PARENT, "77")
     with Interrupt() as signals:
         time.sleep(0.05)
         assert not sent
-        is_alive[0] = False
+        parent[0] = 1
         child.wait_for(lambda: sent, 5)
         signals.received = signal.SIGINT
         signals._watch(78)
     assert sent == [(os.getpid(), signal.SIGTERM)]
 
 
-@pytest.mark.parametrize("value", ["x", "-1"])
-def test_a_parent_that_is_not_a_process_id_gets_one_line(value, keys, monkeypatch, out):
-    monkeypatch.setenv(PARENT, value)
-    assert PARENT in runs.error_of(train.main, keys(out))
+def test_a_parent_that_is_not_a_process_id_gets_one_line(keys, monkeypatch, out):
+    monkeypatch.setenv(PARENT, "-1")
+    assert f"{PARENT}='-1'" in runs.error_of(train.main, keys(out))
 
 
 def test_a_second_run_in_the_folder_is_refused_while_the_first_is_alive(keys, tmp_path, out, log):
@@ -149,6 +137,4 @@ def test_a_second_run_in_the_folder_is_refused_while_the_first_is_alive(keys, tm
     assert line.startswith("error: another process is writing to") and str(first.pid) in line
     assert child.run(keys(out, init_from="resume", eval_only=True, max_iters=100_000), other) == 0
     assert child.stop(first, signal.SIGKILL) == -signal.SIGKILL
-    last = runs.steps(out)[-1] + 5
-    assert child.run(keys(out, init_from="resume", max_iters=last), other) == 0
-    assert runs.steps(out)[-1] == last
+    assert child.run(keys(out, init_from="resume", max_iters=runs.steps(out)[-1] + 5), other) == 0

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 import model as model_module
 from chronomoe import MoETrace
 from ops.cross_entropy import linear_cross_entropy
-from tests.helpers.models import build, chrono, training_step
+from tests.helpers.models import adamw, build, chrono, training_step
 
 
 class HostCopy(Exception):
@@ -36,7 +36,7 @@ def take_steps(logged=True, place="loop", plant=lambda x: None, **changes):
         model, loop = build(chrono(**changes), dropout=0.1, bias=True, use_noisy_top_k=True)
         for block in model.config.moe_blocks:
             model.transformer.h[block].mlp.experts.use_grouped_mm = True
-        optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+        optimizer = adamw(model)
         # torch's optimizer counts its steps in CPU tensors, and copies nothing from the device
         optimizer.step = partial(without_function_mode, optimizer.step)
         step = training_step(model, loop, optimizer, micro_batches=2)
@@ -61,10 +61,10 @@ def without_function_mode(work):
 
 
 SETTINGS = [
-    {},
-    {"bridge_scope": "token", "bridge_signal": "overlap"},
-    {"signal": "load", "gates": "clean"},
-    {"signal": "shuffled", "center": True, "reference": "leave_one_out", "ema_debias": False},
+    dict(),
+    dict(bridge_scope="token", bridge_signal="overlap"),
+    dict(signal="load", gates="clean"),
+    dict(signal="shuffled", center=True, reference="leave_one_out", ema_debias=False),
 ]
 
 

@@ -13,11 +13,10 @@ CONFIG = dict(eta=0.1, k_max=2.0, bridge_threshold=2e-4, prune_phi=0.9, prune_mi
 def train(world, disturb=False):
     """Five steps of four micro-batches over all ranks. Returns all state, and the losses of the traces."""
     model, loop = build(chrono(**CONFIG), beta=0.5)
-    options = dict(forward=world.wrap_ddp(model, torch.device("cpu")), world=world)
-    if disturb:
-        model.router_state.beta_coeff[0, 0] += 1e-6
-    step = training_step(model, loop, adamw(model), micro_batches=4 // world.world_size, **options)
-    losses = []
+    forward, losses = world.wrap_ddp(model, torch.device("cpu")), []
+    model.router_state.beta_coeff[0, 0] += 1e-6 * disturb
+    options = dict(micro_batches=4 // world.world_size, forward=forward, world=world)
+    step = training_step(model, loop, adamw(model), **options)
     for number in range(5):
         batches = [tokens(100 * number + i, batch=4) for i in range(world.rank, 4, world.world_size)]
         losses.append(step(batches, number).trace.cross_entropy)

@@ -24,8 +24,8 @@ def storm(keys, tmp_path, kills, seed):
     Returns the number of kills during the writing of a checkpoint.
     """
     dataset = runs.write_skewed_dataset(tmp_path / "data")  # the loss falls, so there are best checkpoints
-    calm, out, log = tmp_path / "calm", tmp_path / "storm", tmp_path / "storm.log"
-    assert child.run(keys(calm, dataset=dataset, **STORM), tmp_path / "calm.log") == 0
+    calm, out, log = tmp_path / "calm", tmp_path / "storm", tmp_path / "log"
+    assert child.run(keys(calm, dataset=dataset, **STORM), log) == 0
     assert {d["action"] for d in runs.lines(calm / "decisions.jsonl")} == {"open", "withdrawn"}
     seconds = sum(line.get("time/step_ms", 0) for line in runs.metrics(calm)) / 1000
     draws, command = random.Random(seed), keys(out, dataset=dataset, **STORM)
@@ -49,9 +49,7 @@ def storm(keys, tmp_path, kills, seed):
             shutil.rmtree(out)
     assert child.run(command, log) == 0
     assert_same(out, calm)
-    assert not list(out.glob("*.tmp"))
-    steps = runs.steps(out)
-    assert steps == sorted(set(steps)) and steps[-1] == STORM["max_iters"]
+    assert not list(out.glob("*.tmp")) and runs.steps(out)[-1] == STORM["max_iters"]
     return in_saves
 
 

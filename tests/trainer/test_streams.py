@@ -6,11 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import train
 from chronomoe.beta import derangement
 from model import GPT, GPTConfig
 from tests.helpers import models
-from tests.helpers.runs import ALL_ON, TINY, checkpoint, write_dataset
+from tests.helpers.runs import ALL_ON, checkpoint
 from trainer.checkpointer import Checkpointer
 from trainer.progress import Progress
 from trainer.settings import from_values
@@ -52,20 +51,18 @@ def test_the_permutation_is_drawn_from_its_stream_and_the_initial_weights_from_t
     model, _, loop = build(s, 61, torch.device("cpu"))
     assert torch.equal(loop.follows, derangement(2, 8, stream_seed(5, PERMUTATION)))
     other = GPT(GPTConfig(**s.model_args(61)), torch.Generator().manual_seed(5))
-    for name, p in model.named_parameters():
-        assert torch.equal(p, other.get_parameter(name)), name
+    models.assert_same(dict(model.named_parameters()), dict(other.named_parameters()))
 
 
 @pytest.mark.parametrize("is_saved", [True, False])  # an older version did not save the permutation
-def test_noise_has_a_stream_and_a_resumed_shuffled_run_keeps_its_permutation(tmp_path, is_saved):
-    settings = TINY | ALL_ON | dict(seed=5, max_iters=2, chrono_signal="shuffled", out_dir=tmp_path)
-    settings["dataset"] = write_dataset(tmp_path / "data", 61)
-    assert train.main([f"--{key}={value}" for key, value in settings.items()]) == 0
+def test_noise_has_a_stream_and_a_resumed_shuffled_run_keeps_its_permutation(is_saved, start, out):
+    settings = ALL_ON | dict(seed=5, chrono_signal="shuffled")
+    assert start(out, **settings, max_iters=2) == 0
     assert torch.initial_seed() == stream_seed(5, DROPOUT_AND_NOISE, 0)
-    saved = checkpoint(tmp_path)
-    shape = saved["chrono"].pop("shuffled")["follows"].shape
-    expected = derangement(*shape, 99) if is_saved else derangement(*shape, 5)
+    saved = checkpoint(out)
+    follows = saved["chrono"].pop("shuffled")["follows"]
+    expected = derangement(*follows.shape, 99 if is_saved else 5)
     saved["chrono"] |= {"shuffled": {"follows": expected}} if is_saved else {}
-    torch.save(saved, tmp_path / "ckpt.pt")
-    assert train.main([f"--out_dir={tmp_path}", "--init_from=resume", "--max_iters=3", "--device=cpu"]) == 0
-    assert torch.equal(checkpoint(tmp_path)["chrono"]["shuffled"]["follows"], expected)
+    torch.save(saved, out / "ckpt.pt")
+    assert start(out, **settings, init_from="resume") == 0
+    assert torch.equal(checkpoint(out)["chrono"]["shuffled"]["follows"], expected)

@@ -33,9 +33,9 @@ def alone(tmp_path_factory, ranks_keys):
 
 def assert_close(a, b):
     """The losses of two runs agree up to rounding."""
-    for x, y in zip(runs.metrics(a), runs.metrics(b), strict=True):
-        for name in {"train/loss", "val/loss", "train/aux_loss", "coherence/L0/layer"} & x.keys():
-            assert y[name] == pytest.approx(x[name], rel=1e-5), (x["step"], name)
+    names = ("step", "train/loss", "val/loss", "train/aux_loss", "coherence/L0/layer")
+    first, second = ([line.get(name, 0) for line in runs.metrics(out) for name in names] for out in (a, b))
+    assert first == pytest.approx(second, rel=1e-5)
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -70,7 +70,6 @@ def test_a_signal_to_one_rank_saves_and_stops_all(ranks_keys, out, log):
     processes = child.start_ranks(ranks_keys(out, **runs.LONG), 2, log)
     child.wait_for_step(log, 5)
     assert child.stop(processes[1], signal.SIGTERM) == child.finish(processes[0]) == 128 + signal.SIGTERM
-    assert "stopped at step" in log.read_text() and "--init_from=resume" in log.read_text()
     assert runs.checkpoint(out)["iter_num"] == runs.steps(out)[-1] > 4
 
 
@@ -82,14 +81,14 @@ def test_a_rank_that_is_killed_ends_the_others_with_one_line(ranks_keys, out, lo
     assert log.read_text().splitlines()[-1] == "error: rank 0 lost the other ranks: the rank that ended first says why"
 
 
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        (dict(gradient_accumulation_steps=3), "3 micro-batches cannot be shared equally by 2 ranks"),
-        (dict(no_such_key=1), "there is no setting 'no_such_key'"),
-        (dict(dataset="no_such_data"), "no folder"),
-    ],
-)
+ERRORS = [
+    (dict(gradient_accumulation_steps=3), "3 micro-batches cannot be shared equally by 2 ranks"),
+    (dict(no_such_key=1), "there is no setting 'no_such_key'"),
+    (dict(dataset="no_such_data"), "no folder"),
+]
+
+
+@pytest.mark.parametrize(("changes", "expected"), ERRORS)
 def test_an_error_of_a_user_is_reported_and_ends_all_ranks(changes, expected, ranks_keys, out, log):
     assert child.run_ranks(ranks_keys(out, **changes), 2, log) == [2, 2]
     errors = log.read_text().splitlines()
@@ -123,19 +122,17 @@ def test_torchruns_restart_continues_from_the_checkpoint(ranks_keys, alone, out,
     assert len(history) == 2 and history[1]["step"] >= 5
 
 
-def test_a_restart_starts_again_from_the_same_weights_in_its_own_folder_only(
-    ranks_keys, alone, monkeypatch, capsys, out
-):
+def test_a_restart_starts_again_from_the_same_weights_in_its_own_folder_only(ranks_keys, alone, monkeypatch, out):
     before = runs.snapshot(alone)
-    command = ranks_keys(out, init_from=alone, max_iters=2, learning_rate=0, min_lr=0)
+    command = ranks_keys(out, init_from=alone, max_iters=2)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a job")
     assert train.main(command) == 0
+    first = runs.metrics(out, timeless=True)
     assert "holds a run already" in runs.error_of(train.main, command)
     for path in out.glob("*.pt"):
         path.unlink()
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    capsys.readouterr()
     assert train.main(command) == 0
-    assert f"weights: from {alone}" in capsys.readouterr().out and runs.steps(out) == [0, 1, 2]
+    assert runs.metrics(out, timeless=True) == first and runs.steps(out) == [0, 1, 2]
     assert "holds a run already" in runs.error_of(train.main, ranks_keys(alone, learning_rate=0.1))
     assert runs.snapshot(alone) == before

@@ -1,40 +1,38 @@
 """The loop's five steps, on short real training runs of the vertical slice through train.py."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 
 import train
-from chronomoe import ChronoConfig, ChronoLoop
+from chronomoe import ChronoLoop
 from chronomoe.coherence import coherence
 from model import GPT, GPTConfig
 from tests.helpers import runs
-from tests.helpers.models import ALL_STEPS, train_step
-from trainer import data as trainer_data
+from tests.helpers.models import adamw, chrono, train_step
+from trainer.data import open_dataset
 
 
-def train_config(name, out, *arguments):
-    """Train a config of the repository. Returns its folder and its metrics per step."""
-    config = str(runs.ROOT / "config" / name)
-    assert train.main([config, f"--out_dir={out}", "--wandb_log=False", "--eval_iters=4", *arguments]) == 0
-    logged = [line for line in runs.metrics(out) if "lr" in line]
+class Run:
+    """A finished run of a config of the repository, and its metrics [step, ...]."""
 
-    def per_layer(metric):
-        return np.array([[line[metric.format(f"L{layer}")] for layer in (0, 2)] for line in logged], dtype=float)
+    def __init__(self, name, out, *changes):
+        config = str(runs.ROOT / "config" / name)
+        assert train.main([config, f"--out_dir={out}", "--wandb_log=False", "--eval_iters=4", *changes]) == 0
+        self.out, self.logged = out, [line for line in runs.metrics(out) if "lr" in line]
 
-    def per_expert(metric):  # None becomes NaN
-        names = [[f"expert/L{layer}_E{e}/{metric}" for e in range(8)] for layer in (0, 2)]
-        return np.array([[[line[name] for name in row] for row in names] for line in logged], dtype=float)
+    def per_layer(self, metric):
+        return np.array([[line[metric.format(f"L{layer}")] for layer in (0, 2)] for line in self.logged], dtype=float)
 
-    return SimpleNamespace(out=out, per_layer=per_layer, per_expert=per_expert)
+    def per_expert(self, metric):
+        """None becomes NaN."""
+        return np.stack([self.per_layer(f"expert/{{}}_E{e}/{metric}") for e in range(8)], axis=-1)
 
 
-def load(run, chrono, fresh=True):
-    """The trained model of a run, with other settings of the loop and, if `fresh`, the initial state of the loop."""
+def load(run, fresh=True, **changes):
+    """The trained model of a run, with all five steps and, if `fresh`, the initial state of the loop."""
     saved = runs.checkpoint(run.out)
-    model = GPT(GPTConfig(**saved["model_args"], chrono=chrono))
+    model = GPT(GPTConfig(**saved["model_args"], chrono=chrono(**changes)))
     weights = {k: v for k, v in saved["model"].items() if not (fresh and k.startswith("router_state."))}
     model.load_state_dict(weights, strict=False)
     loop = ChronoLoop(model.router_state, model.config.moe_blocks)
@@ -43,31 +41,31 @@ def load(run, chrono, fresh=True):
     return model, loop
 
 
+@torch.no_grad()
 def trace_of(model, batch):
-    with torch.no_grad():
-        return model(*batch, return_trace=True)[2]
+    return model(*batch, return_trace=True)[2]
 
 
 @pytest.fixture(scope="module")
 def corpus():
-    return trainer_data.open_dataset("stdlib", 128)
+    return open_dataset("stdlib", 128)
 
 
 STEPS, BATCH = 120, 8
 
 
 @pytest.fixture(scope="module")
-def slice_run(tmp_path_factory, corpus):
+def slice_run(tmp_path_factory):
     """The first steps of the vertical slice, at half its batch."""
-    arguments = [f"--max_iters={STEPS}", "--log_interval=1", "--eval_interval=30", f"--batch_size={BATCH}"]
-    return train_config("vertical_slice.py", tmp_path_factory.mktemp("slice"), *arguments)
+    changes = [f"--max_iters={STEPS}", "--log_interval=1", "--eval_interval=30", f"--batch_size={BATCH}"]
+    return Run("vertical_slice.py", tmp_path_factory.mktemp("slice"), *changes)
 
 
 @pytest.fixture(scope="module")
-def stress_run(tmp_path_factory, corpus):
+def stress_run(tmp_path_factory):
     """240 steps of config/bridge_stress.py at a quarter of its batch."""
-    arguments = ["--max_iters=240", "--log_interval=2", "--eval_interval=40", "--batch_size=4"]
-    return train_config("bridge_stress.py", tmp_path_factory.mktemp("stress"), *arguments)
+    changes = ["--max_iters=240", "--log_interval=2", "--eval_interval=40", "--batch_size=4"]
+    return Run("bridge_stress.py", tmp_path_factory.mktemp("stress"), *changes)
 
 
 def test_criterion_1_beta_is_applied_and_the_disagreement_is_logged(slice_run):
@@ -108,12 +106,12 @@ def test_criterion_4_the_bridge_acts_under_stress_without_oscillation(stress_run
 def test_criterion_4_the_bridge_lowers_the_js_of_the_routing_and_recovers(stress_run, corpus):
     batch, js = corpus.batch("train", 77, 0, 0, 16), {}
     for bridge in (True, False):
-        model, loop = load(stress_run, ChronoConfig(**ALL_STEPS | dict(bridge=bridge, k_max=6.0)), fresh=False)
+        model, loop = load(stress_run, fresh=False, bridge=bridge, k_max=6.0)
         assert model.router_state.relevance.min() < 0.95
         trace = trace_of(model, batch)
         js[bridge] = (trace.js / trace.tokens).max()
     assert js[True] < 0.95 * js[False]
-    model, loop = load(stress_run, ChronoConfig(**ALL_STEPS | dict(k_max=6.0)), fresh=False)
+    model, loop = load(stress_run, fresh=False, k_max=6.0)
     model.router_state.beta_coeff.zero_()
     loop.step(trace_of(model, batch))
     assert (model.router_state.relevance == 1).all()
@@ -135,41 +133,35 @@ def replace_by_noise(model, block, expert, size):
     weights = (experts.c_fc, experts.c_proj)
     noise = [size * w[expert].std() * torch.randn(w[expert].shape, generator=generator) for w in weights]
 
-    @torch.no_grad()
     def repeat():
         for w, n in zip(weights, noise):
-            w[expert] = n
+            w.data[expert] = n
 
     repeat()
     return repeat
 
 
 def train_on(model, loop, corpus, steps, after=lambda: None):
-    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
+    optimizer = adamw(model)
     for step in range(steps):
         train_step(model, loop, optimizer, [corpus.batch("train", 9, step, 0, 4)])
         after()
 
 
-def test_criterion_5_an_expert_of_noise_is_proposed_and_nothing_is_removed(slice_run, corpus):
-    proposed, shapes = {}, {}
-    # early in training the phi of good experts comes near the default threshold of 0.3
-    config = ChronoConfig(**ALL_STEPS, prune_phi=0.15, prune_min_updates=30)
+def test_criterion_5_an_expert_of_noise_is_proposed_and_not_removed(slice_run, corpus):
+    proposed = {}
     for is_noisy in (True, False):
-        model, loop = load(slice_run, config)
-        repeat = replace_by_noise(model, 0, 5, 1.0) if is_noisy else lambda: None
-        train_on(model, loop, corpus, 34, repeat)
+        # early in training the phi of good experts comes near the default threshold of 0.3
+        model, loop = load(slice_run, prune_phi=0.15, prune_min_updates=30)
+        train_on(model, loop, corpus, 34, replace_by_noise(model, 0, 5, 1.0) if is_noisy else lambda: None)
         proposed[is_noisy] = {(d.expert_id, d.reason) for d in loop.report()}
-        shapes[is_noisy] = {name: p.shape for name, p in model.state_dict().items()}
         assert (loop.coherence.total_tokens_seen > 0).all()
-    assert proposed[True] - proposed[False] == {("L0_E5", "low_coherence")}
-    assert proposed[False] <= proposed[True]
-    assert shapes[True] == shapes[False]
+    assert proposed[True] == proposed[False] | {("L0_E5", "low_coherence")} != proposed[False]
 
 
 @pytest.mark.parametrize(("starving_phi", "is_proposed"), [(0.2, True), (0.99, False)])
 def test_criterion_5_an_idle_expert_is_proposed_unless_the_layer_starves(starving_phi, is_proposed, slice_run, corpus):
-    model, loop = load(slice_run, ChronoConfig(**ALL_STEPS, unused_after=6, window=4, starving_phi=starving_phi))
+    model, loop = load(slice_run, unused_after=6, window=4, starving_phi=starving_phi)
     router = model.transformer.h[2].mlp.router
     logits, penalty = router.clean_logits, -100.0 * torch.nn.functional.one_hot(torch.tensor(3), 8)
     router.clean_logits = lambda x: (logits(x)[0] + penalty, None)
@@ -178,8 +170,9 @@ def test_criterion_5_an_idle_expert_is_proposed_unless_the_layer_starves(starvin
     assert found == ([("L2_E3", "low_observability", 6)] if is_proposed else [])
 
 
-def phi_with_noise(model, block, expert, size, corpus):
+def phi_with_noise(run, block, expert, size, corpus):
     """Coherence of the block's experts by both rules, with one expert replaced by noise."""
+    model, _ = load(run)
     replace_by_noise(model, block, expert, size)
     trace, layer = trace_of(model, corpus.batch("train", 5, 0, 0, 16)), block // 2
     return [coherence(trace.output[layer], trace.gated_output[layer], rule) for rule in ("mixture", "leave_one_out")]
@@ -187,7 +180,7 @@ def phi_with_noise(model, block, expert, size, corpus):
 
 def test_loud_noise_raises_its_phi_in_the_mixture_but_not_leaving_one_out(slice_run, corpus):
     """An expert that is three times too loud is a large part of the mixture that it is compared with."""
-    fair, loud = (phi_with_noise(load(slice_run, ChronoConfig(coherence=True))[0], 2, 5, s, corpus) for s in (1.0, 3.0))
+    fair, loud = (phi_with_noise(slice_run, 2, 5, size, corpus) for size in (1.0, 3.0))
     assert fair[0][5] < 0.3 and loud[0][5] > 0.4 and loud[1][5] < 0.2
     others = [e for e in range(8) if e != 5]
     assert loud[0][others].mean() < fair[0][others].mean() - 0.02  # the phi of its neighbours falls
@@ -196,7 +189,7 @@ def test_loud_noise_raises_its_phi_in_the_mixture_but_not_leaving_one_out(slice_
 @pytest.mark.slow
 def test_the_slice_reaches_its_validation_loss_and_loud_noise_a_phi_near_1(tmp_path, corpus):
     """1000 steps: below 1.90 nats per byte."""
-    run = train_config("vertical_slice.py", tmp_path)
+    run = Run("vertical_slice.py", tmp_path)
     assert runs.steps(tmp_path)[-1] == 1000 and runs.val_losses(tmp_path)[-1] < 1.90
-    mixture, alone = phi_with_noise(load(run, ChronoConfig(coherence=True))[0], 0, 0, 3.0, corpus)
+    mixture, alone = phi_with_noise(run, 0, 0, 3.0, corpus)
     assert mixture[0] > 0.6 and abs(alone[0]) < 0.1
