@@ -20,8 +20,9 @@ from tests.helpers.runs import NANOMOE, TINY, arguments, checkpoint, error_of, w
 from trainer.weights import build_model
 
 BLOCK = TINY["block_size"]
-RUN = TINY | dict(max_iters=1, eval_iters=1, dropout=0.2, chrono_router=True, chrono_coherence=True, chrono_beta=True)
-LETTERS = list("\nabcdefgh é漢")
+RUN = TINY | dict(max_iters=1, eval_iters=1, dropout=0.2, chrono_k_max=10, arm="on")
+RUN |= dict(chrono_router=True, chrono_coherence=True)
+LETTERS = list("\nabcdefgh é漢ABCDEFGHIJKLMNOPQRST")
 TEXT = "plain, h\u00e9t\u00e9rog\u00e8ne, \u6f22\u5b57, \U0001f600\U0001f468\u200d\U0001f469, \x00\n"
 BYTES = codec_for({"tokenizer": "bytes"}, "")
 DEFAULTS = dict(prompt="def ", num_samples=1, max_new_tokens=40, seed=1, device="cpu")
@@ -33,34 +34,26 @@ def dataset(folder, vocab_size, **meta):
     return folder
 
 
-def edited(folder, to, change):
-    """Save the run in `folder` to the folder `to` after change(weights)."""
-    saved = checkpoint(folder)
-    change(saved["model"])
+def copied(folder, to, weights):
+    """Save the run in `folder` with these weights to the folder `to`."""
+    saved = checkpoint(folder) | {"model": weights}
     to.mkdir(exist_ok=True)
     torch.save(saved, to / "ckpt.pt")
     return to
 
 
-def trained(folder, data):
-    """A run of one step, with weights and beta replaced by random ones that are large enough for varied samples."""
-    assert train.main(arguments(RUN | dict(dataset=data, out_dir=folder, chrono_k_max=10))) == 0
-    generator = torch.Generator().manual_seed(5)
-
-    def widen(weights):
-        for name, value in weights.items():
-            if value.dim() > 1 and not name.startswith("router_state."):
-                value.normal_(std=0.5, generator=generator)
-        weights["router_state.beta_coeff"].normal_(std=10, generator=generator)
-
-    return edited(folder, folder, widen)
-
-
 @pytest.fixture(scope="module")
 def byte_run(tmp_path_factory):
-    """A run on bytes. Tests must not write to it."""
+    """A run on bytes, with random weights and beta that are large enough for varied samples. Do not write to it."""
     folder = tmp_path_factory.mktemp("bytes")
-    return trained(folder / "run", dataset(folder / "data", 257, tokenizer="bytes"))
+    run, data = folder / "run", dataset(folder / "data", 257, tokenizer="bytes")
+    assert train.main(arguments(RUN | dict(dataset=data, out_dir=run))) == 0
+    weights, generator = checkpoint(run)["model"], torch.Generator().manual_seed(5)
+    for name, value in weights.items():
+        if value.dim() > 1 and not name.startswith("router_state."):
+            value.normal_(std=0.5, generator=generator)
+    weights["router_state.beta_coeff"].normal_(std=10, generator=generator)
+    return copied(run, run, weights)
 
 
 @pytest.fixture
@@ -114,8 +107,9 @@ def test_the_trained_beta_is_applied_and_beta_off_is_beta_0(byte_run, sampled, t
     on, on_notes = sampled(byte_run), sampled.notes
     off, off_notes = sampled(byte_run, beta="off"), sampled.notes
     assert on != off and "beta: on" in on_notes and "beta: off" in off_notes
-    without = edited(byte_run, tmp_path / "without", lambda weights: weights["router_state.beta_coeff"].zero_())
-    assert sampled(without) == off and "beta: none" in sampled.notes
+    weights = checkpoint(byte_run)["model"]
+    weights["router_state.beta_coeff"].zero_()
+    assert sampled(copied(byte_run, tmp_path / "without", weights)) == off and "beta: none" in sampled.notes
 
 
 def test_a_sample_is_the_prompt_and_what_the_evaluated_model_generates(byte_run, sampled, tmp_path):
@@ -137,34 +131,25 @@ def test_a_sample_is_the_prompt_and_what_the_evaluated_model_generates(byte_run,
 
 
 @pytest.mark.parametrize("kind", ["meta.json", "meta.pkl"])
-def test_a_vocabulary_of_characters(kind, sampled, tmp_path):
+def test_a_checkpoint_of_nanomoe_is_sampled_with_a_vocabulary_of_characters(kind, sampled, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the checkpoint names the dataset x
+    out = tmp_path / "out"
+    out.mkdir()
+    shutil.copy(NANOMOE, out / "ckpt.pt")
+    of_compiled_model = {f"_orig_mod.{name}": value for name, value in checkpoint(out)["model"].items()}
+    compiled = copied(out, tmp_path / "compiled", of_compiled_model)
+    assert "there is no dataset 'x'" in error_of(sample.main, [])
     letters = LETTERS if kind == "meta.json" else LETTERS[::-1]
-    data = dataset(tmp_path / "data", len(letters), tokenizer="characters", characters=letters)
+    data = dataset(tmp_path / "x", len(letters), tokenizer="characters", characters=letters)
     if kind == "meta.pkl":
         (data / "meta.json").unlink()
         maps = {"itos": dict(enumerate(letters)), "stoi": {c: i for i, c in enumerate(letters)}}
         (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": len(letters)} | maps))
-    folder = trained(tmp_path / "run", data)
     for prompt, first in (("bé漢", "bé漢"), ("", "\n")):
-        ids = generated(folder, [letters.index(c) for c in first])
-        assert sampled(folder, prompt=prompt) == prompt + "".join(letters[i] for i in ids) + "\n"
-    assert "'z'" in error_of(sample.main, [f"--out_dir={folder}", "--prompt=baz"])
-
-
-def test_a_checkpoint_of_nanomoe_is_sampled(sampled, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # the checkpoint names the dataset x
-    (tmp_path / "out").mkdir()
-    shutil.copy(NANOMOE, tmp_path / "out" / "ckpt.pt")
-    assert "there is no dataset 'x'" in error_of(sample.main, [])
-    dataset(tmp_path / "x", 32, characters=[chr(ord("A") + i) for i in range(32)])
-    text = sampled("out", prompt="AB")
-    assert text.startswith("AB") and len(text) == 2 + 40 + 1
-
-    def compiled(weights):
-        for name in list(weights):
-            weights[f"_orig_mod.{name}"] = weights.pop(name)
-
-    assert sampled(edited(tmp_path / "out", tmp_path / "compiled", compiled), prompt="AB") == text
+        ids = generated(out, [letters.index(c) for c in first])
+        text = prompt + "".join(letters[i] for i in ids) + "\n"
+        assert sampled(out, prompt=prompt) == sampled(compiled, prompt=prompt) == text
+    assert "'z'" in error_of(sample.main, ["--prompt=baz"])
 
 
 def test_a_character_is_decoded_when_its_last_byte_comes():
@@ -222,8 +207,10 @@ def test_what_does_not_fit_is_one_line(byte_run, tmp_path):
     plain = write_dataset(tmp_path / "plain", 9)
     (plain / "meta.json").unlink()
     many = dataset(tmp_path / "many", 300, characters=[chr(1000 + i) for i in range(300)])
-    misfit = edited(byte_run, tmp_path / "misfit", lambda weights: weights.pop("lm_head.weight"))
-    nan = edited(byte_run, tmp_path / "nan", lambda weights: weights["lm_head.weight"].fill_(torch.nan))
+    weights = checkpoint(byte_run)["model"]
+    output = weights.pop("lm_head.weight")
+    misfit = copied(byte_run, tmp_path / "misfit", weights)
+    nan = copied(byte_run, tmp_path / "nan", weights | {"lm_head.weight": output * torch.nan})
     for folder, argument, message in [
         (byte_run, "--dataset=nope", "--dataset"),
         (byte_run, "--device=nothing", "--device=cpu"),
