@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import tracemalloc
 import types
 
 import numpy as np
@@ -160,27 +161,20 @@ def test_a_stopped_preparation_leaves_no_corpus_and_no_process(jobs, number, tmp
     assert not any((out / name).exists() for name in ("train.bin", "val.bin", "meta.json"))
 
 
-# ru_maxrss of RUSAGE_SELF would include the process that this one was forked from
-MEASURE = """import atexit, resource as r, runpy, sys
-sys.argv = sys.argv[1:]
-atexit.register(lambda: print("peak", r.getrusage(r.RUSAGE_CHILDREN).ru_maxrss, open("/proc/self/status").read()))
-runpy.run_path(sys.argv[0], run_name="__main__")"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_memory_does_not_grow_with_the_corpus(jobs, tmp_path):
-    peaks = []
-    for million in (6, 60):
-        texts = {f"{i}.txt": b"some words\n" * 9000 for i in range(million * 5)}
-        root = write_files(tmp_path / str(million), texts | {"long.txt": b"other words\n" * (million * 500_000 // 12)})
-        script, out = DATA / "text" / "prepare.py", tmp_path / f"out{million}"
-        command = [sys.executable, "-c", MEASURE, script, root, f"--out={out}", f"--jobs={jobs}"]
-        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        peaks.append([int(n) >> 10 for n in re.search(r"peak (\d+).*VmHWM:\s+(\d+)", printed, re.DOTALL).groups()])
-        assert (out / "train.bin").stat().st_size > 1.5e6 * million
-    assert all(large - small < 30 for small, large in zip(*peaks)), f"{peaks} MiB"
+    def peak(size):
+        texts = {f"{i}.txt": b"some words\n" * 500 for i in range(20 * size)}
+        root = write_files(tmp_path / f"in{size}", texts | {"long.txt": b"other words\n" * (9000 * size)})
+        tracemalloc.start()
+        prepare(TEXT, tmp_path / f"out{size}", root, jobs=jobs)
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    peak(1)  # imports modules
+    small, large = peak(2), peak(8)
+    assert large - small < 100_000 < 8 * 9000 * len(b"other words\n"), f"{small} and {large} bytes"
 
 
 CHANGES = {
