@@ -1,20 +1,19 @@
 """Properties that need a GPU: `pytest -m cuda`. The vertical slice's shape in bfloat16, experts through grouped_mm."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 import train
 from tests.helpers.models import assert_same, build, chrono, state_of, tokens, training_step
-from tests.helpers.runs import differing_state, metrics
+from tests.helpers.runs import arguments, differing_state, metrics
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
 
-def bfloat16():
-    return torch.autocast("cuda", dtype=torch.bfloat16)
-
-
+bfloat16 = partial(torch.autocast, "cuda", dtype=torch.bfloat16)
 SHAPE = dict(block_size=128, vocab_size=257, n_head=4, n_embd=128, use_switch_tfm_init=True, router_use_full_prec=True)
 
 
@@ -99,25 +98,24 @@ def test_grouped_mm_is_used_in_bfloat16_and_agrees_with_the_loop_over_experts():
         assert (by_groups - by_loop).norm() < 0.02 * by_loop.norm()
 
 
-SLICE = ["config/vertical_slice.py", "--device=cuda", "--wandb_log=False"]
+SLICE = dict(device="cuda", wandb_log=False)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_resumed_run_is_bit_equal_to_one_that_was_not_stopped(tmp_path, dtype):
-    keys = [*SLICE, f"--dtype={dtype}", "--eval_iters=2", "--eval_interval=10", "--log_interval=5", "--dropout=0.1"]
-    keys += ["--use_noisy_top_k=True", "--gradient_accumulation_steps=2"]
+    settings = SLICE | dict(dtype=dtype, eval_iters=2, eval_interval=10, log_interval=5, max_iters=20)
+    settings |= dict(dropout=0.1, use_noisy_top_k=True, gradient_accumulation_steps=2)
     whole, out = tmp_path / "whole", tmp_path / "out"
-    assert train.main([*keys, f"--out_dir={whole}", "--max_iters=20"]) == 0
-    assert train.main([*keys, f"--out_dir={out}", "--max_iters=10"]) == 0
-    assert train.main([*keys, f"--out_dir={out}", "--max_iters=20", "--init_from=resume"]) == 0
+    for changes in (dict(out_dir=whole), dict(out_dir=out, max_iters=10), dict(out_dir=out, init_from="resume")):
+        assert train.main(["config/vertical_slice.py", *arguments(settings | changes)]) == 0
     assert differing_state(whole, out) == set()
     assert metrics(out, timeless=True) == metrics(whole, timeless=True)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_the_slice_trains(tmp_path, dtype):
-    arguments = [*SLICE, f"--dtype={dtype}", "--max_iters=60", f"--out_dir={tmp_path}", "--eval_iters=4"]
-    assert train.main(arguments) == 0
+    settings = SLICE | dict(dtype=dtype, max_iters=60, out_dir=tmp_path, eval_iters=4)
+    assert train.main(["config/vertical_slice.py", *arguments(settings)]) == 0
     lines = metrics(tmp_path)
     assert lines[-1]["val/loss"] < 3.2 < lines[0]["val/loss"]
     assert lines[-1]["coherence/L0/phi_slow_max"] > 0

@@ -4,11 +4,9 @@ import json
 import math
 
 import numpy as np
-import pytest
 
 from comparison.runs import Run, checked, group_into_arms
 from trainer.arms import ARMS
-from trainer.errors import UserError
 from trainer.settings import Settings
 
 START = {"step": 0, "changed": {}, "code_sha256": "c", "matmul_precision": "highest"}
@@ -66,11 +64,3 @@ def change_config(folder, **changes):
     config = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
     return folder
-
-
-def error_of(call, *args):
-    """The message, of one line, of the UserError that a call raises."""
-    with pytest.raises(UserError) as error:
-        call(*args)
-    assert "\n" not in str(error.value)
-    return str(error.value)

@@ -12,8 +12,9 @@ from comparison import report, wandb_runs
 from comparison.analysis import FIRST, SECOND, analyse, conclusion, last_quarter, steps_to_loss, verdict
 from comparison.probe import probe
 from comparison.report import short_verdict
-from comparison.runs import checked, expand, group_into_arms, load_run, load_runs, lost_seeds, pairs
-from tests.comparison.studies import START, arms_of, change_config, change_lines, error_of, make_run, make_study, write
+from comparison.runs import checked, group_into_arms, load_run, load_runs, lost_seeds, pairs
+from tests.comparison.studies import START, arms_of, change_config, change_lines, make_run, make_study, write
+from tests.helpers.runs import error_of
 from trainer.arms import ARMS, CUSTOM, arm_of
 from trainer.settings import Settings
 
@@ -69,9 +70,8 @@ def test_outcomes_are_means_after_three_quarters_and_steps_between_evaluations()
     lines = [{"step": 75, "a/L0/x": 9.0}, {"step": 76, "a/L0/x": 1.0, "a/L2/x": 3.0, "ax": 9}, {"step": 100, "x": 5.0}]
     run = dataclasses.replace(run, lines=[*lines, {"step": 90, "a/L0/x": None}])
     assert last_quarter(run, "x") == 3.0 and math.isnan(last_quarter(run, "y"))
-    runs = [
-        make_run(seed, 0.0, arm, {"neff": 7.0} if seed else {"x": 1.0}) for arm in ("off", "on") for seed in range(3)
-    ]
+    metrics = [{"x": 1.0}, {"neff": 7.0}, {"neff": 7.0}]
+    runs = [make_run(seed, 0.0, arm, metrics[seed]) for arm in ("off", "on") for seed in range(3)]
     neff = next(row for row in analyse(arms_of(runs)).described if "Neff" in row.outcome.name)
     assert neff.differences == {1: 0.0, 2: 0.0}  # without the pair that has no value
 
@@ -183,13 +183,24 @@ DAMAGE = {  # the reason that is given: what is done to the folder of a run
 }
 
 
+ANY = {"off": {"unknown"}, "on": {"unknown"}}
+LOST = {  # what is lost with the run, if not seed 2 of 'off'
+    **dict.fromkeys(("no metrics.jsonl", "cannot be read", "no config.json", "not that of a run"), ANY),
+    "seed=[1] must be a whole number": {"off": {"unknown"}},
+    "arm=['on'] must be one of": {"off": {"2"}, "on": {"2"}},
+    "arm='best' must be one of": {"best": {"2"}},
+    "its arm is 'on', but chrono_beta is False": {"on": {"2"}},
+}
+
+
 @pytest.mark.parametrize("reason", DAMAGE)
-def test_unusable_run_is_left_out_with_one_line(tmp_path, reason):
+def test_unusable_run_is_left_out_with_one_line_and_its_arm_and_seed_are_lost(tmp_path, reason):
     good, bad = (write(tmp_path / name, make_run(seed)) for name, seed in (("good", 1), ("bad", 2)))
     DAMAGE[reason](bad)
     runs, (unusable,) = load_runs([good, bad])
     assert [run.folder for run in runs] == [good]
     assert reason in str(unusable) and str(bad) in str(unusable) and "\n" not in str(unusable)
+    assert lost_seeds([unusable], {"off": {1: runs[0]}, "on": {}}) == LOST.get(reason, {"off": {"2"}})
 
 
 def test_run_of_any_arm_and_with_additional_lines_can_be_compared(tmp_path):
@@ -223,36 +234,21 @@ def test_runs_of_a_pair_need_the_same_code():
     assert analyse(arms_of(runs)).warnings == left_out
 
 
-def concluded(folders):
-    runs, unusable = load_runs(expand(folders))
-    arms = group_into_arms(runs)[0]
-    return conclusion(analyse(arms, lost_seeds(unusable, arms)))
-
-
 def test_verdict_needs_all_runs_that_were_started(tmp_path, capsys):
     """Otherwise the verdict would be about the runs that survived, and beta may be why others did not."""
-    folders = [write(tmp_path / "runs" / run.name, run) for run in make_study(effect=-0.05)]
+    for run in make_study(effect=-0.05):
+        write(tmp_path / "runs" / run.name, run)
     for seed in (2, 5):
         change_lines(tmp_path / "runs" / f"on{seed}", lambda lines: lines[:5])
-    assert compare.main([str(tmp_path / "runs"), f"--out_dir={tmp_path / 'report'}"]) == 0
+    out = f"--out_dir={tmp_path / 'report'}"
+    assert compare.main([str(tmp_path / "runs"), out]) == 0
     lost = "No verdict: runs of 'on' cannot be used (seed 2, 5), so their results are not known"
     said = capsys.readouterr().out
     assert said.startswith(lost) and said.count("still training or stopped") == 2
-    chosen = [folder for folder in folders if not folder.name.endswith(("2", "5"))]
-    assert concluded([*chosen, tmp_path / "report" / "figures"]).startswith("Beta lowers")  # a folder without a run
-    folders += [write(tmp_path / f"again{seed}", make_run(seed, -0.05, "on")) for seed in (2, 5)]
-    assert concluded(folders).startswith("Beta lowers")
-
-
-UNKNOWN = ("cannot be read", "no config.json", "without its arm", "arm=['on'] must be", "seed=[1] must be")
-
-
-@pytest.mark.parametrize("reason", UNKNOWN)
-def test_unusable_run_of_unknown_arm_or_seed_may_be_any(tmp_path, reason):
-    for run in [*make_study(effect=-0.05), make_run(99, arm="on")]:
-        write(tmp_path / run.name, run)
-    next(damage for name, damage in DAMAGE.items() if name.startswith(reason))(tmp_path / "on99")
-    assert concluded([tmp_path]).startswith("No verdict: runs of 'on' cannot be used (seed ")
+    again = [write(tmp_path / f"again{seed}", make_run(seed, -0.05, "on")) for seed in (2, 5)]
+    figures = tmp_path / "report" / "figures"  # a folder without a run
+    assert compare.main([str(tmp_path / "runs"), *map(str, again), str(figures), out]) == 0
+    assert capsys.readouterr().out.startswith("Beta lowers")
 
 
 def test_undecided_study_and_plan_state_how_many_more_pairs_decide(tmp_path, capsys):

@@ -20,18 +20,18 @@ import train
 from comparison.probe import probe, probe_model
 from comparison.runs import load_run
 from comparison.sweep import Job, plan, train_all
-from tests.comparison.studies import change_config, error_of
+from tests.comparison.studies import change_config
 from tests.helpers.child import wait_for
 from tests.helpers.models import build, chrono, tokens
-from tests.helpers.runs import ROOT, write_dataset
+from tests.helpers.runs import ROOT, arguments, error_of, write_dataset
 from trainer.data import EVAL_SEED
 from trainer.lock import folder_lock
 
 STUDY = str(ROOT / "config" / "study.py")
-TINY = [
-    *("--n_layer=1", "--n_head=1", "--n_embd=8", "--n_exp=3", "--block_size=8", "--batch_size=2", "--max_iters=8"),
-    *("--eval_interval=2", "--eval_iters=2", "--log_interval=2", "--device=cpu", "--warmup_iters=0"),
-]
+TINY = arguments(
+    dict(n_layer=1, n_head=1, n_embd=8, n_exp=3, block_size=8, batch_size=2, max_iters=8, warmup_iters=0)
+    | dict(eval_interval=2, eval_iters=2, log_interval=2, device="cpu")
+)
 NAMES = [f"{arm}_seed{seed}" for arm in ("off", "on") for seed in (1, 2)]
 
 
@@ -98,13 +98,14 @@ def test_study_starts_all_arms_from_the_weights_that_its_config_names(study, tmp
     settings, out = study
     source, config = out / "off_seed1" / "ckpt.pt", tmp_path / "from_weights.py"
     config.write_text(f"from config.study import *\ninit_from = {str(source)!r}\n")
-    command = [str(config), *settings[1:], "--max_iters=2", "--seeds=1", "--arms=off,on", f"--out_dir={tmp_path}"]
-    assert compare.main(command) == 0
+    settings = [str(config), *settings[1:], "--max_iters=2"]
+    assert all(train.main(job.arguments) == 0 for job in plan(settings, tmp_path, ["off", "on"], 1))
     found = [load_run(tmp_path / f"{arm}_seed1").config for arm in ("off", "on")]
     assert found[0]["weights_sha256"] == found[1]["weights_sha256"] is not None
     assert [c["weights_from"] for c in found] == [str(source)] * 2
-    assert all(job.finished for job in plan([str(config), *settings[1:], "--max_iters=2"], tmp_path, ["off", "on"], 1))
-    assert "holds a run with weights_sha256=" in error_of(compare.main, [*command, "--init_from=scratch"])
+    assert all(job.finished for job in plan(settings, tmp_path, ["off", "on"], 1))
+    refusal = error_of(plan, [*settings, "--init_from=scratch"], tmp_path, ["off", "on"], 1)
+    assert "holds a run with weights_sha256=" in refusal
 
 
 SLOW_SIGNALS = [pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGTERM, signal.SIGHUP)]
@@ -113,12 +114,12 @@ SLOW_SIGNALS = [pytest.param(number, marks=pytest.mark.slow) for number in (sign
 @pytest.mark.parametrize("number", [signal.SIGKILL, *SLOW_SIGNALS], ids=lambda number: number.name)
 def test_stopped_study_saves_its_runs_and_the_same_command_continues_them(tmp_path, number, capsys):
     out, data = tmp_path / "study", write_dataset(tmp_path / "data", 11)
-    arguments = [STUDY, *TINY, f"--dataset={data}", f"--out_dir={out}", "--seeds=1", "--arms=off,on", "--jobs=2"]
-    arguments += ["--max_iters=1000", "--eval_interval=500", "--log_interval=100"]
+    command = [STUDY, *TINY, f"--dataset={data}", f"--out_dir={out}", "--seeds=1", "--arms=off,on", "--jobs=2"]
+    command += ["--max_iters=1000", "--eval_interval=500", "--log_interval=100"]
     jobs = [Job(arm, 1, out / f"{arm}_seed1", [], 1000) for arm in ("off", "on")]
     logs = [job.out_dir / "metrics.jsonl" for job in jobs]
     with (tmp_path / "log").open("wb") as log:
-        study = subprocess.Popen([sys.executable, "compare.py", *arguments], cwd=ROOT, stdout=log, stderr=log)
+        study = subprocess.Popen([sys.executable, "compare.py", *command], cwd=ROOT, stdout=log, stderr=log)
         wait_for(lambda: all(path.exists() and path.stat().st_size > 0 for path in logs), 60)
         study.send_signal(number)
         status = study.wait(60)
@@ -127,7 +128,7 @@ def test_stopped_study_saves_its_runs_and_the_same_command_continues_them(tmp_pa
     if number != signal.SIGKILL:
         assert not any(job.locked for job in jobs) and all((job.out_dir / "ckpt.pt").exists() for job in jobs)
         return
-    assert compare.main(arguments) == 0  # at once, while the runs of the killed study are still ending
+    assert compare.main(command) == 0  # at once, while the runs of the killed study are still ending
     assert "failed" not in "".join(capsys.readouterr())
     for job in jobs:
         history = json.loads((job.out_dir / "config.json").read_text())["history"]
