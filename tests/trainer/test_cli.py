@@ -1,6 +1,5 @@
 """The command line of every program: values get the type of their option, and each mistake gets one line."""
 
-import ast
 import re
 import subprocess
 import sys
@@ -35,7 +34,8 @@ MISTAKES = [
     ("train", "--n_exp={[]:1}", "n_exp=", "a whole number at least 1"),
     ("train", "--n_layer=None", "n_layer=None", "a whole number at least 1"),
     ("train", f"--seed={10**20}", "seed=", "of a size below 9.22337e+18"),
-    ("train", "--chrono_router=true", "chrono_router='true'", "True or False"),
+    ("train", "--chrono_router=yes", "chrono_router='yes'", "True or False"),
+    ("train", "--eta=1", "'eta'", "did you mean chrono_eta?"),
     ("train", "--min_lr=nan", "min_lr='nan'", "a number at least 0"),
     ("train", "--min_lr=1" + "0" * 400, "min_lr=", "a number"),
     ("train", "--dtype=bf16", "dtype='bf16'", "did you mean 'bfloat16'?"),
@@ -118,13 +118,13 @@ def test_every_script_prints_one_line_and_exits_with_2():
 def test_help_lists_every_option_with_default_meaning_and_choices(program, capsys):
     main, options = PROGRAMS[program]
     assert main(["--help"]) == main(["-h"]) == 0
-    listed = re.findall(r"^  (\w+) = (.+)\n      (\S.+)$", capsys.readouterr().out, flags=re.MULTILINE)
-    meanings = {name: (ast.literal_eval(default), meaning) for name, default, meaning in listed}
+    listed = re.findall(r"^  --(\w+)=(.*)\n((?: {6}\S.*\n?)+)", capsys.readouterr().out, flags=re.MULTILINE)
+    meanings = {name: (default, " ".join(meaning.split())) for name, default, meaning in listed}
     assert len(listed) == 2 * len(meanings)
     assert meanings.keys() == options.keys()
     for name, declared in options.items():
         default, meaning = meanings[name]
-        assert default == declared.default and meaning.startswith(declared.metadata["help"])
+        assert default == str(declared.default) and meaning.startswith(declared.metadata["help"])
         assert all(repr(choice) in meaning for choice in declared.metadata["choices"] or ())
 
 
@@ -145,6 +145,8 @@ def test_values_get_the_type_of_their_option():
     assert repr(line.values) == "{'count': 20, 'rate': 2.0, 'name': '1e3', 'folder': '12', 'force': True}"
     values = cli.parse(["--rate=None", "--folder=None", "--name=None", "--force=False"], KNOWN).values
     assert values == {"rate": None, "folder": None, "name": "None", "force": False}
+    apart = cli.parse(["--count", "2", "--force", "a", "--force", "false", "--rate", "-1"], KNOWN, positional=True)
+    assert apart.values == {"count": 2, "force": False, "rate": -1.0} and apart.arguments == ["a"]
     assert cli.parse(["--count=2", "--count=3", "--name=a=b"], KNOWN).values == {"count": 3, "name": "a=b"}
 
 
