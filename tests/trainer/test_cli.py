@@ -30,6 +30,7 @@ MISTAKES = [
     ("train", "--n_exp", "--n_exp=VALUE", "a whole number at least 1"),
     ("train", "-n_exp=4", "-n_exp=4", "--key=value"),
     ("train", "--n_exp=many", "--n_exp='many'", "a whole number at least 1"),
+    ("train", "--n_exp=2.5", "n_exp=2.5", "a whole number at least 1"),
     ("train", "--n_exp=True", "n_exp=True", "a whole number at least 1"),
     ("train", "--n_exp={[]:1}", "n_exp=", "a whole number at least 1"),
     ("train", "--n_layer=None", "n_layer=None", "a whole number at least 1"),
