@@ -29,6 +29,8 @@ def skip_exit_handlers() -> None:
 def run_script(main: Callable[[list[str]], int | None]) -> None:
     """Call a script's main with the command line's arguments and exit with its status, 2 for a UserError."""
     _exit_handlers_run[0] = True
+    # None if the caller has closed them
+    sys.stdout, sys.stderr = (f or open(os.devnull, "w") for f in (sys.stdout, sys.stderr))
     try:
         status = main(sys.argv[1:])
     except UserError as e:
@@ -37,6 +39,8 @@ def run_script(main: Callable[[list[str]], int | None]) -> None:
         status = 2
     except KeyboardInterrupt:
         status = 130
+    except BrokenPipeError:  # the reader of stdout has closed it, as `head` does
+        status = 141
     try:
         sys.stdout.flush()
         sys.stderr.flush()

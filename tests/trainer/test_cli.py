@@ -15,7 +15,7 @@ import train
 from chronomoe.options import option, options_of
 from tests.helpers.runs import ROOT, one_line
 from trainer import cli
-from trainer.errors import UserError
+from trainer.errors import UserError, run_script
 from trainer.settings import keys
 
 PROGRAMS = {"train": train.main, "sample": sample.main, "compare": compare.main, "bench": bench.main}
@@ -127,6 +127,15 @@ def test_every_script_prints_one_line_and_exits_with_2():
         assert (process.returncode, *printed) == (
             2, "", "error: --zzz=1: there is no setting 'zzz'; --help lists them\n"
         )  # fmt: skip
+
+
+def test_a_closed_stdout_is_not_a_traceback(monkeypatch):
+    def script_whose_reader_is_gone(arguments):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("sys.stdout", None)
+    with pytest.raises(SystemExit, match="141"):
+        run_script(script_whose_reader_is_gone)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
