@@ -44,6 +44,8 @@ def run_script(main: Callable[[list[str]], int | None]) -> None:
     2 for a UserError, 130 after Ctrl-C, 141 if the reader of stdout has closed it.
     """
     _exit_handlers_run[0] = True
+    # None if the caller has closed them
+    sys.stdout, sys.stderr = (f or open(os.devnull, "w") for f in (sys.stdout, sys.stderr))
     try:
         status = main(sys.argv[1:])
     except UserError as e:
@@ -52,8 +54,7 @@ def run_script(main: Callable[[list[str]], int | None]) -> None:
         status = 2
     except KeyboardInterrupt:
         status = 130
-    except BrokenPipeError:  # the reader of stdout has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the flush at exit
+    except BrokenPipeError:  # the reader of stdout has closed it, as `head` does
         status = 141
     try:
         sys.stdout.flush()

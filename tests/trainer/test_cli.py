@@ -14,6 +14,7 @@ import train
 from chronomoe.options import option, options_of
 from tests.helpers.runs import ROOT, error_of
 from trainer import cli
+from trainer.errors import run_script
 from trainer.settings import keys
 
 PROGRAMS = {
@@ -113,6 +114,15 @@ def test_every_script_prints_one_line_and_exits_with_2():
         printed = process.communicate(timeout=120)
         assert printed == ("", "error: --zzz=1: there is no setting 'zzz'; --help lists them\n")
         assert process.returncode == 2
+
+
+def test_a_closed_stdout_is_not_a_traceback(monkeypatch):
+    def script_whose_reader_is_gone(arguments):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("sys.stdout", None)
+    with pytest.raises(SystemExit, match="141"):
+        run_script(script_whose_reader_is_gone)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
