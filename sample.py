@@ -3,6 +3,7 @@
 python sample.py --out_dir=out/vertical_slice --prompt="def " --num_samples=2 --max_new_tokens=200
 python sample.py --out_dir=out/vertical_slice --prompt="def " --beta=off
 python sample.py --init_from=gpt2 --prompt=FILE:prompt.txt
+python sample.py --out_dir=out/vertical_slice --explore=out/explorer.html
 python sample.py --help
 """
 
@@ -21,10 +22,11 @@ from typing import Any
 import torch
 
 from chronomoe.options import option, options_of, same_option
+from comparison import explorer
 from data.tokenizer import GPT2_TOKENIZER, Codec, TiktokenCodec, codec_for, encoding_for
 from model import GPT, GPT2_MODELS
 from trainer import checkpoint, cli
-from trainer.data import DATA, read_meta
+from trainer.data import DATA, open_dataset, read_meta
 from trainer.device import autocast_context, resolve_dtype, select_device
 from trainer.settings import Settings, keys
 from trainer.weights import build_model, find_weights, is_gpt2, load_checkpoint
@@ -56,6 +58,9 @@ class SampleSettings:
     dataset: str = option(
         "", "folder under data/, or a path to a folder, whose tokenizer to use; empty: the dataset of the run"
     )
+    explore: str = option(
+        "", "write a page to this file that shows the routing of the prompt or, without one, of validation text"
+    )
     device: str = same_option(Settings, "device")
     dtype: str = same_option(Settings, "dtype")
     compile: bool = same_option(Settings, "compile")
@@ -70,7 +75,10 @@ def main(arguments: list[str]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # the terminal may not support a character
     try:
-        sample(s)
+        if s.explore:
+            explore(s)
+        else:
+            sample(s)
     except KeyboardInterrupt:
         print()
         return 130
@@ -82,7 +90,7 @@ def sample(s: SampleSettings) -> None:
     prompt = read_prompt(s.start)
     device = select_device(s.device)
     autocast = autocast_context(resolve_dtype(s.dtype, device), device)
-    model, codec, notes = load(s)
+    model, codec, _, notes = load(s)
     model.to(device).eval()
     ids = codec.encode(prompt)
     for note in [*notes, f"beta: {apply_beta(model, s.beta)}"]:
@@ -106,6 +114,27 @@ def sample(s: SampleSettings) -> None:
         print(flush=True)
 
 
+def explore(s: SampleSettings) -> None:
+    """Write the page of comparison/explorer.py for the prompt, or for validation text."""
+    device = select_device(s.device)
+    autocast = autocast_context(resolve_dtype(s.dtype, device), device)
+    model, codec, dataset, notes = load(s)
+    model.to(device).eval()
+    length, text = model.config.block_size, codec.encode(read_prompt(s.start))
+    if text:
+        windows = [torch.tensor(text[:length], device=device)]
+    else:
+        if dataset is None:
+            raise UserError("give --dataset=NAME, or a --prompt: the model does not name its dataset")
+        data, count = open_dataset(dataset, length), explorer.num_windows(model, length)
+        windows = list(data.batch("val", s.seed, 0, 0, count)[0].to(device))
+    for note in notes:
+        print(note, file=sys.stderr)
+    found, path = explorer.explore(model, codec, windows, autocast), Path(s.explore)
+    explorer.write(path, found, "; ".join(notes))
+    print(f"the routing of {sum(map(len, windows)):,} tokens is in {path}")
+
+
 def apply_beta(model: GPT, beta: str) -> str:
     """Set beta to 0 if `beta` is 'off'. Returns a description of the beta that routing uses."""
     coefficients = model.router_state.beta_coeff
@@ -117,13 +146,17 @@ def apply_beta(model: GPT, beta: str) -> str:
     return "off, set to 0 for every expert"
 
 
-def load(s: SampleSettings) -> tuple[GPT, Codec, list[str]]:
-    """The model of init_from on the CPU, its tokenizer, and notes on where it comes from. Raises UserError."""
+def load(s: SampleSettings) -> tuple[GPT, Codec, str | None, list[str]]:
+    """The model of init_from on the CPU, its tokenizer, its dataset, and notes on where it comes from.
+
+    Raises UserError.
+    """
     notes: list[str] = []
     if is_gpt2(s.init_from):
         codec = TiktokenCodec(encoding_for(GPT2_TOKENIZER))
         weights, model_args = find_weights(s.init_from)
-        return build_model({"model": weights, "model_args": model_args}, s.init_from), codec, [f"model: {s.init_from}"]
+        model = build_model({"model": weights, "model_args": model_args}, s.init_from)
+        return model, codec, s.dataset or None, [f"model: {s.init_from}"]
     if s.init_from == "resume":
         source = s.out_dir
         saved, notes, _ = checkpoint.newest(Path(s.out_dir))
@@ -134,7 +167,7 @@ def load(s: SampleSettings) -> tuple[GPT, Codec, list[str]]:
     config = saved.get("config")
     dataset = s.dataset or (config.get("dataset") if isinstance(config, dict) else None)
     notes.append(f"model: {source}, step {saved['iter_num']}")
-    return model, find_codec(dataset, model.config.vocab_size), notes
+    return model, find_codec(dataset, model.config.vocab_size), dataset, notes
 
 
 def find_codec(dataset: Any, vocab_size: int) -> Codec:
