@@ -244,6 +244,7 @@ UNUSABLE = {
     "no_loop": changed(chrono={}),
     "no_guard": changed(guard={}),
     "no_weights": changed(model={}),
+    "no_random_state": changed(random=[{}]),
     "step_is_text": changed(iter_num="6"),
     "nanomoe_flipped": lambda path: path.write_bytes(flipped_at(runs.NANOMOE.read_bytes(), 40_000)),
     "code_in_torch_format": lambda path: torch.save(Bomb(), path),
