@@ -142,7 +142,7 @@ def test_decisions_have_a_line_for_each_candidate_that_opens_or_is_withdrawn(sta
         decisions = runs.lines(tmp_path / str(interval) / "decisions.jsonl")
         found.append(sorted((d["step"], d["expert_id"], d["action"]) for d in decisions))
     opened, withdrawn = ({d[1] for d in found[0] if d[2] == action} for action in ("open", "withdrawn"))
-    assert 0 < len(withdrawn) < len(opened) == len(found[0]) - len(withdrawn)
+    assert 0 < len(withdrawn) < len(opened) and len(found[0]) == len(opened) + len(withdrawn)
     # the only log line is that of the last step: what is open there has the step at which it opened
     assert found[1] == [d for d in found[0] if d[1] not in withdrawn]
 
@@ -178,9 +178,8 @@ def test_a_damaged_log_is_reported_and_the_run_stays_marked_as_incomplete(how, n
     assert resume(half, max_iters=4) == 0
     (sentence,) = runs.config_of(half)["incomplete"]
     assert f"incomplete: {sentence}" in capsys.readouterr().out.splitlines()
-    assert name in sentence and (
-        kept == len(expected) or f"{len(expected) - kept} of {len(expected)} lines" in sentence
-    )
+    number = str(len(expected)) if kept == len(expected) else f"{len(expected) - kept} of {len(expected)} lines"
+    assert name in sentence and number in sentence
     found = [line for line in runs.lines(half / f"{name}.jsonl") if line["step"] <= 3]
     assert len(found) == kept and (how == "changed" or found == [line for line in expected if line in found])
     # the mark survives the loss of config.json
