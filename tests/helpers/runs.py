@@ -134,10 +134,3 @@ def error_of(call, *args, **kwargs):
     message = str(error.value)
     assert message and "\n" not in message, message
     return message
-
-
-def one_line(error):
-    """The message of a caught exception (pytest's ExceptionInfo), which must be one line."""
-    message = str(error.value)
-    assert message and "\n" not in message, message
-    return message
