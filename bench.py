@@ -43,7 +43,7 @@ from benchmark.timing import Effort, Report
 from chronomoe.options import option, options_of, same_option
 from trainer import cli
 from trainer.device import select_device
-from trainer.distributed import process_group
+from trainer.distributed import process_group, torchrun_environment
 from trainer.environment import describe_environment
 from trainer.settings import Settings
 
@@ -86,7 +86,7 @@ def main(arguments: list[str]) -> int:
         effort = Effort(options.seconds, effort.least, effort.most)
 
     report = Report(quiet=options.json)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if torchrun_environment()[1] > 1:
         with process_group("cuda" if torch.cuda.is_available() and options.device != "cpu" else "cpu", "nccl") as world:
             step.across_ranks(report, world, select_device(options.device, world), 4 * effort.least)
             if options.json and world.is_main:

@@ -51,11 +51,13 @@ def test_micro_batches_and_one_large_batch_leave_the_same_state(aux_loss):
 
 
 @pytest.mark.parametrize("changes", [{}, {"dropout": 0.1, "use_noisy_top_k": True}, {"train_capacity": 1.0}])
-def test_measuring_and_proposing_prunes_change_nothing(changes):
+def test_measuring_and_proposing_prunes_change_nothing_and_with_all_steps_off_neither_happens(changes):
     every_expert = dict(prune_phi=1.0, prune_min_tokens=0, prune_min_updates=0)  # is a prune candidate
     loop, watched = train(ChronoConfig(router=True, coherence=True, lifecycle=True, **every_expert), **changes)
-    assert loop.coherence.step == 6 and len(loop.report()) == 16
-    assert torch.equal(watched["losses"], train(ChronoConfig(), **changes)[1]["losses"])
+    off, unwatched = train(ChronoConfig(), **changes)
+    assert loop.coherence.step == 6 and len(loop.report()) == 16 and off.report() == []
+    assert torch.equal(watched["losses"], unwatched["losses"])
+    assert_same(loop_state(off), loop_state(build(**changes)[1]))
     assert not torch.equal(watched["losses"], train(chrono(eta=0.5), **changes)[1]["losses"])
 
 

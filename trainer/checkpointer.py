@@ -92,12 +92,13 @@ class Checkpointer:
                     target.load_state_dict(saved[name])
             self._check_optimizer()
             self.progress.load_state_dict(saved)
+            notes = self._restore_random_state(saved)
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
             path = self.out_dir / checkpoint.NAME
             raise UserError(f"{path} does not fit its own settings: {' '.join(str(e).split())}") from None
         if not os.path.exists(self.out_dir / checkpoint.BEST):
             self.progress.best_val_loss = math.inf  # older versions counted step 0, which is not saved
-        return self._restore_random_state(saved)
+        return notes
 
     def _check_optimizer(self) -> None:
         """Raise ValueError if the optimizer's averages do not fit the parameters, which torch does not check."""

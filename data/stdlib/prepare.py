@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data.corpus import Document, split_of, texts_of, write_corpus
 from data.tokenizer import TiktokenCodec, byte_encoding
+from trainer import cli
 from trainer.errors import UserError, run_script
 
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -52,5 +53,13 @@ def prepare(out: Path, root: Path | None = None, unless: Callable[[], bool] | No
     write_corpus(out, documents(root, files), codec, about, force=True, count_key="files", unless=unless)
 
 
+def main(arguments: list[str]) -> None:
+    if cli.asks_for_help(arguments):
+        print(__doc__)
+        return
+    cli.parse(arguments, {})  # there are no options
+    prepare(Path(__file__).resolve().parent)
+
+
 if __name__ == "__main__":
-    run_script(lambda arguments: prepare(Path(__file__).resolve().parent))
+    run_script(main)

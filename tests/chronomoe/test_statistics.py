@@ -197,7 +197,10 @@ def test_sums_of_16_bit_outputs_are_exact_to_float32(dtype):
 def test_a_model_in_bfloat16_adds_beta_in_full_and_is_observed_in_float32():
     model, loop = build(chrono(bridge=False), beta=1.0)
     model.router_state.relevance.zero_()  # left by a run with the bridge on; has no effect while it is off
+    beta = model.router_state.beta_coeff.clone()
     recorded = record_routers(model.bfloat16())
+    assert torch.equal(model.router_state.beta_coeff, beta)
+    assert all(b.dtype in (torch.float32, torch.int64) for b in loop.coherence.half().buffers())
     trace = model(*tokens(1), return_trace=True)[2]
     _, routing = recorded[0]
     assert routing.z_biased.dtype == trace.output.dtype == trace.gated_output.dtype == torch.float32
@@ -205,3 +208,4 @@ def test_a_model_in_bfloat16_adds_beta_in_full_and_is_observed_in_float32():
     torch.testing.assert_close(added, model.router_state.compute_beta_eff()[:1].expand_as(added))
     loop.step(trace)
     assert loop.coherence.phi("slow").abs().max() > 0
+    assert model.double().router_state.beta_coeff.dtype == torch.float64

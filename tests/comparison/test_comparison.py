@@ -135,13 +135,12 @@ def test_study_changed_after_its_report_gets_a_warning(tmp_path):
     def on_off(seeds, **changes):
         return [make_run(seed, arm=arm, **changes) for seed in range(seeds) for arm in ("off", "on")]
 
+    shorter = [dataclasses.replace(run, config=run.config | {"max_iters": 90}, lines=run.lines[:-1]) for run in runs]
     assert not warnings(on_off(8)) and not warnings(on_off(8, margin=0.5))
     assert not warnings(runs[:24])  # another arm with the same pairs
     (line,) = warnings(runs)
     assert "it had 8 pairs of 100 steps, now it has 10 of 100" in line
-    assert len(warnings(runs[:18])) == 2  # fewer pairs than either
-    shorter = [dataclasses.replace(run, config=run.config | {"max_iters": 90}, lines=run.lines[:-1]) for run in runs]
-    assert len(warnings(shorter)) == 3
+    assert [len(warnings(changed)) for changed in (runs[:18], shorter)] == [2, 3]  # fewer pairs, fewer steps
     assert not warnings(on_off(8, learning_rate=0.1))  # another study in the same folder
     (tmp_path / "comparison.json").write_text("{}")
     for _ in range(2):  # the second report still has the warning

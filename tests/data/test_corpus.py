@@ -242,6 +242,13 @@ def test_mistakes_are_errors_of_one_line_and_write_nothing(script, arguments, ex
     assert not (tmp_path / "out").exists() and (tmp_path / "a.txt").read_text() == "some text" * 9
 
 
+def test_stdlib_has_no_options_and_help_writes_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(STDLIB, "prepare", pytest.fail)
+    assert "no setting 'out'" in error_of(STDLIB.main, ["--out=elsewhere"])
+    STDLIB.main(["--help"])
+    assert capsys.readouterr().out.startswith(STDLIB.__doc__)
+
+
 @pytest.mark.parametrize("script", [SHAKESPEARE, CHARACTERS])
 def test_shakespeare_is_split_at_nine_tenths_of_the_characters(script, tmp_path):
     text = words(3000)

@@ -34,9 +34,9 @@ def start_ranks(arguments: list[str], count: int, log: Path):
     """Start train.py on `count` ranks, as torchrun does. Returns the processes by rank."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
-        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(s.getsockname()[1]), "WORLD_SIZE": str(count)}
-    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
-    return [start(arguments, log, environment=address | rank) for rank in ranks]
+        world = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(s.getsockname()[1]), "WORLD_SIZE": str(count)}
+    ranks = [dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)) for rank in range(count)]
+    return [start(arguments, log, environment=world | rank) for rank in ranks]
 
 
 def finish(process, seconds: float = 60) -> int:

@@ -25,8 +25,7 @@ SHAPE = ("n_layer", "n_head", "n_embd", "n_exp", "block_size")  # settings of TI
 ALL_ON = {f"chrono_{step}": True for step in ("router", "coherence", "beta", "bridge", "lifecycle")}
 NOISY = dict(dropout=0.2, use_noisy_top_k=True)
 # every expert is proposed for pruning after step 1
-DECISIVE = dict(chrono_unused_after=1, chrono_unused_tokens=10**9, chrono_starving_phi=-1)
-FULL = ALL_ON | NOISY | DECISIVE
+FULL = ALL_ON | NOISY | dict(chrono_unused_after=1, chrono_unused_tokens=10**9, chrono_starving_phi=-1)
 LONG = dict(max_iters=100_000, eval_interval=100_000)
 
 
@@ -37,9 +36,8 @@ def arguments(settings: dict) -> list[str]:
 
 def write_dataset(folder, vocab_size, seed=3):
     """A dataset of uniformly random tokens."""
-    rng = np.random.default_rng(seed)
+    rng, sha256 = np.random.default_rng(seed), {}
     folder.mkdir()
-    sha256 = {}
     for split in ("train", "val"):
         content = rng.integers(0, vocab_size, 3000).astype("<u2").tobytes()
         (folder / f"{split}.bin").write_bytes(content)
@@ -62,10 +60,8 @@ def lines(path):
 
 def metrics(out, timeless=False):
     """The lines of metrics.jsonl. timeless: without the metrics that are times."""
-    return [
-        {key: value for key, value in line.items() if not (timeless and key.startswith("time/"))}
-        for line in lines(out / "metrics.jsonl")
-    ]
+    found = lines(out / "metrics.jsonl")
+    return [{key: v for key, v in line.items() if not (timeless and key.startswith("time/"))} for line in found]
 
 
 def steps(out):
@@ -135,13 +131,6 @@ def error_of(call, *args, **kwargs):
     """The one-line message of the UserError that the call must raise."""
     with pytest.raises(UserError) as error:
         call(*args, **kwargs)
-    message = str(error.value)
-    assert message and "\n" not in message, message
-    return message
-
-
-def one_line(error):
-    """The message of a caught exception (pytest's ExceptionInfo), which must be one line."""
     message = str(error.value)
     assert message and "\n" not in message, message
     return message

@@ -1,6 +1,5 @@
 """Checkpoints: their contents, when and how they are written, and what happens to damaged files."""
 
-import contextlib
 import hashlib
 import os
 import pickle
@@ -244,6 +243,7 @@ UNUSABLE = {
     "no_loop": changed(chrono={}),
     "no_guard": changed(guard={}),
     "no_weights": changed(model={}),
+    "no_random_state": changed(random=[{}]),
     "step_is_text": changed(iter_num="6"),
     "nanomoe_flipped": lambda path: path.write_bytes(flipped_at(runs.NANOMOE.read_bytes(), 40_000)),
     "code_in_torch_format": lambda path: torch.save(Bomb(), path),
@@ -262,7 +262,3 @@ def test_an_unusable_checkpoint_gets_one_line_executes_nothing_and_is_not_change
     assert str(full / "ckpt.pt") in runs.error_of(resume, full)
     assert runs.snapshot(full) == before
     assert not os.path.exists("harm")
-    if name.startswith("code"):
-        with contextlib.suppress(Exception):
-            torch.load(full / "ckpt.pt", weights_only=False)
-        assert os.path.exists("harm")  # the file is dangerous

@@ -57,25 +57,17 @@ def test_each_step_has_one_line_with_the_documented_names_whose_values_agree(cha
         assert not loads or sum(loads) == pytest.approx(2)  # of two layers
 
 
-def test_only_logged_and_evaluated_steps_have_lines(start, out):
-    start(out, log_interval=2)
-    found = runs.metrics(out)
-    assert [line["step"] for line in found] == [0, 2, 3, 4, 6]
-    assert [line["step"] for line in found if "val/loss" in line] == [0, 3, 6]
-    assert [line["step"] for line in found if "train/loss" in line] == [2, 4, 6]
-
-
 def test_values_that_are_not_finite_are_null_in_every_file(start, out, log):
     start(out, **runs.FULL, learning_rate=1e30, min_lr=1e30, grad_clip=0)  # the weights overflow in the second step
     found = runs.metrics(out)
-    assert None in [line.get("train/loss") for line in found[2:]] and found[-1]["val/loss"] is None
+    assert found[-1]["train/loss"] is found[-1]["val/loss"] is None
     for name in ("metrics.jsonl", "decisions.jsonl", "config.json"):
         assert (out / name).stat().st_size and not re.search(r"NaN|Infinity", (out / name).read_text())
     JsonLines(log, None, 0).write({"a": math.nan, "b": math.inf, "c": -math.inf, "d": None, "e": 1e300})
     assert runs.lines(log) == [{"a": None, "b": None, "c": None, "d": None, "e": 1e300}]
 
 
-def test_step_times_exclude_evaluations_and_saving(start, monkeypatch, out):
+def test_logged_and_evaluated_steps_have_lines_and_step_times_exclude_evaluations_and_saving(start, monkeypatch, out):
     """On a clock on which a micro-batch takes a second, a validation batch 100 and copying the state 1000."""
     clock, draw, copy = [0.0], TokenData.batch, checkpointer.copy_to_cpu
 
@@ -92,8 +84,11 @@ def test_step_times_exclude_evaluations_and_saving(start, monkeypatch, out):
     monkeypatch.setattr(checkpointer, "copy_to_cpu", slow_copy)
     monkeypatch.setattr(timer, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     start(out, log_interval=2, eval_interval=3, checkpoint_interval=5)
-    times = [line["time/step_ms"] for line in runs.metrics(out) if "time/step_ms" in line]
-    assert times == [2000, 2000, 2000]
+    found = runs.metrics(out)
+    assert [line["step"] for line in found] == [0, 2, 3, 4, 6]
+    assert [line["step"] for line in found if "val/loss" in line] == [0, 3, 6]
+    times = {line["step"]: line["time/step_ms"] for line in found if "train/loss" in line}
+    assert times == {2: 2000, 4: 2000, 6: 2000}
     assert clock[0] == 6 * 2 + 3 * 2 * 100 + 3 * 1000
 
 
@@ -147,7 +142,7 @@ def test_decisions_have_a_line_for_each_candidate_that_opens_or_is_withdrawn(sta
         decisions = runs.lines(tmp_path / str(interval) / "decisions.jsonl")
         found.append(sorted((d["step"], d["expert_id"], d["action"]) for d in decisions))
     opened, withdrawn = ({d[1] for d in found[0] if d[2] == action} for action in ("open", "withdrawn"))
-    assert 0 < len(withdrawn) < len(opened) == len(found[0]) - len(withdrawn)
+    assert 0 < len(withdrawn) < len(opened) and len(found[0]) == len(opened) + len(withdrawn)
     # the only log line is that of the last step: what is open there has the step at which it opened
     assert found[1] == [d for d in found[0] if d[1] not in withdrawn]
 
@@ -186,8 +181,7 @@ def test_a_damaged_log_is_reported_and_the_run_stays_marked_as_incomplete(how, n
     number = str(len(expected)) if kept == len(expected) else f"{len(expected) - kept} of {len(expected)} lines"
     assert name in sentence and number in sentence
     found = [line for line in runs.lines(half / f"{name}.jsonl") if line["step"] <= 3]
-    assert len(found) == kept
-    assert how == "changed" or found == [line for line in expected if line in found]
+    assert len(found) == kept and (how == "changed" or found == [line for line in expected if line in found])
     # the mark survives the loss of config.json
     (half / "config.json").write_text("{")
     assert resume(half) == 0
@@ -216,11 +210,13 @@ CHANGED = {"learning_rate": [1e-2, 5e-3], "max_iters": [3, 4]}
 
 def test_what_only_config_json_has_is_kept(half, resume, monkeypatch):
     """A start that found damage and was killed before its first checkpoint."""
+    intact = (half / "metrics.jsonl").read_bytes()
     damage_log(half / "metrics.jsonl", "missing")
     with monkeypatch.context() as m:
         m.setattr(checkpointer.Checkpointer, "save", lambda *args, **options: None)
         assert resume(half, max_iters=4, learning_rate=5e-3) == 0
     (mark,) = runs.config_of(half)["incomplete"]
+    (half / "metrics.jsonl").write_bytes(intact)  # or the damage would be found again
     assert resume(half) == 0
     assert runs.checkpoint(half)["incomplete"] == runs.config_of(half)["incomplete"] == [mark]
     assert [s["changed"] for s in runs.checkpoint(half)["history"]] == [{}, CHANGED, {"max_iters": [3, 6]}]

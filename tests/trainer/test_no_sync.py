@@ -8,7 +8,6 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.overrides import TorchFunctionMode
 
 import model as model_module
-from chronomoe import MoETrace
 from ops.cross_entropy import linear_cross_entropy
 from tests.helpers.models import adamw, build, chrono, training_step
 
@@ -41,11 +40,12 @@ def take_steps(logged=True, place="loop", plant=lambda x: None, **changes):
         optimizer.step = partial(without_function_mode, optimizer.step)
         step = training_step(model, loop, optimizer, micro_batches=2)
         owner, name = {"forward": (step, "forward"), "guard": (step.guard, "check"), "loop": (loop, "step")}[place]
-        work = getattr(owner, name)  # its first argument is the trace, or it returns one
+        work = getattr(owner, name)
 
         def planted(*args, **options):
             out = work(*args, **options)
-            plant((args[0] if isinstance(args[0], MoETrace) else out[2]).tokens_per_expert)
+            trace = out[2] if place == "forward" else args[0]
+            plant(trace.tokens_per_expert)
             return out
 
         setattr(owner, name, planted)
@@ -77,8 +77,6 @@ def test_a_training_step_does_not_synchronize(changes, logged, monkeypatch):
 
 PLANTS = [
     lambda x: x[0, 0].item(),
-    lambda x: x.tolist(),
-    lambda x: bool(x[0, 0] > 0),
     lambda x: x.nonzero(),
     lambda x: torch.bincount(x.flatten().long()),
     lambda x: x[x > 0],

@@ -78,10 +78,9 @@ def test_criterion_1_beta_is_applied_and_the_disagreement_is_logged(slice_run):
 def test_criterion_2_coherence_is_updated_at_every_step(slice_run):
     state, load = runs.checkpoint(slice_run.out)["chrono"]["coherence"], slice_run.per_expert("load")
     assert (state["update_count"].numpy() == (load > 0).sum(0)).all() and state["step"] == STEPS
-    fast = slice_run.per_expert("phi_fast")
-    assert ((np.diff(fast, axis=0) != 0) == (load[1:] > 0))[10:].mean() > 0.999
-    expected = np.round(load * 2 * BATCH * 128).sum(0)
-    assert (state["total_tokens_seen"].numpy() == expected).all()
+    assert (state["total_tokens_seen"].numpy() == np.round(load * 2 * BATCH * 128).sum(0)).all()
+    changed = np.diff(slice_run.per_expert("phi_fast"), axis=0) != 0
+    assert (changed == (load[1:] > 0))[10:].mean() > 0.999
 
 
 def test_criterion_3_beta_falls_below_tau_and_rises_above(slice_run):
@@ -90,8 +89,7 @@ def test_criterion_3_beta_falls_below_tau_and_rises_above(slice_run):
     assert (moved[~has_tokens] == 0).all()
     observed = has_tokens & (np.abs(pull) > 1e-3)
     assert observed.sum() > 1000 and (pull[observed] > 0).any() and (pull[observed] < 0).any()
-    assert (np.sign(moved[observed]) == np.sign(pull[observed])).all()
-    np.testing.assert_allclose(moved[observed], 1e-4 * pull[observed], atol=1e-8)
+    np.testing.assert_allclose(moved[observed], 1e-4 * pull[observed], atol=1e-8)  # of both signs
 
 
 def test_criterion_4_the_bridge_acts_under_stress_without_oscillation(stress_run):
