@@ -70,9 +70,7 @@ def explore(
 def measure(model: GPT, ids: Tensor, autocast: Callable[[], AbstractContextManager[Any]]) -> dict[str, Any]:
     """Loss and routing of token ids [T].
 
-    loss: nats, of each token given those before it; None for the first. layers: per MoE layer, for each token the listed
-    experts by falling biased probability as [expert, clean probability, biased probability, gate or 0], and `moved`:
-    whether beta changed the token's set of experts, given the same hidden state.
+    loss: nats, of each token given those before it; None for the first. layers: `layer_routing` of each MoE layer.
     """
     routings: list[Routing] = []
     hooks = [
@@ -93,7 +91,12 @@ def measure(model: GPT, ids: Tensor, autocast: Callable[[], AbstractContextManag
 
 
 def layer_routing(routing: Routing, count: int) -> dict[str, Any]:
-    """One layer's part of `measure`, for the `count` experts with the highest biased logit."""
+    """The routing of one layer.
+
+    tokens: per token, the `count` experts with the highest biased probability, in falling order, as [expert, clean
+    probability, biased probability, gate or 0]. moved: per token, 1 if beta changed its set of experts, given the same
+    hidden state.
+    """
     clean, biased = routing.z_clean.softmax(-1), routing.z_biased.softmax(-1)
     gates = torch.zeros_like(clean).scatter(-1, routing.experts, routing.gates.to(clean.dtype))
     best = routing.z_biased.topk(count).indices
