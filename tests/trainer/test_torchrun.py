@@ -45,7 +45,7 @@ def assert_close(a, b):
 def test_ranks_train_and_evaluate_as_one_process(count, ranks_keys, alone, capfd, out, log):
     assert child.run_ranks(ranks_keys(out), count, log) == [0] * count
     assert_close(alone, out)
-    assert log.read_text().count("\nstep 40 ") == 1  # one rank logs
+    assert log.read_text().count("\n  40 ") == 1  # one rank logs
     assert runs.config_of(out)["ranks"] == count
     decisions = [[d["expert_id"] for d in runs.lines(folder / "decisions.jsonl")] for folder in (alone, out)]
     assert decisions[0] == decisions[1] and len(decisions[0]) == 8
