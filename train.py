@@ -73,7 +73,7 @@ def train(run: Run) -> bool:
             log.decisions(run.loop.report())
             skipped = run.guard.report()
             if skipped is not None:
-                log.info(f"step {next_step}: {skipped.line()}")
+                log.alert("Skipped steps", f"step {next_step}: {skipped.line()}", next_step)
                 failure = skipped if skipped.in_a_row >= MAX_SKIPPED else None
         if next_step % s.eval_interval == 0 or next_step == s.max_iters:
             progress.pending = line
@@ -83,9 +83,9 @@ def train(run: Run) -> bool:
             timer.restart()
 
     checkpointer.finish(run.interrupt.stopping)
-    log.close(in_haste=run.interrupt.exit_status != 0)
     for text in messages.last_lines(s, progress, checkpointer, failure):
         log.info(text)
+    log.close(in_haste=run.interrupt.exit_status != 0)
     return failure is not None or checkpointer.failure is not None
 
 

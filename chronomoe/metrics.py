@@ -5,6 +5,9 @@ Shapes: L MoE layers, E experts.
 
 from __future__ import annotations
 
+import re
+import statistics
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -14,6 +17,28 @@ from chronomoe.coherence import CLOCKS, CoherenceBuffer
 from chronomoe.lifecycle import LifecycleCoordinator
 from chronomoe.router import RouterState
 from chronomoe.trace import MoETrace
+
+# Means and extremes over layers: name -> (per-layer metric, reduction). Their number does not depend on L and E.
+SUMMARY: dict[str, tuple[str, Callable[[list[float]], float]]] = {
+    "routing/js": ("routing/js", statistics.fmean),
+    "routing/js_max": ("routing/js", max),
+    "routing/flip": ("routing/flip", statistics.fmean),
+    "routing/flip_max": ("routing/flip", max),
+    "routing/relevance": ("routing/relevance", statistics.fmean),
+    "routing/relevance_min": ("routing/relevance", min),
+    "routing/neff_min": ("routing/neff", min),
+    "load/cv": ("routing/load_cv", statistics.fmean),
+    "load/cv_max": ("routing/load_cv", max),
+    "load/dropped": ("routing/dropped", statistics.fmean),
+    "beta/spread": ("beta/spread", statistics.fmean),
+    "beta/spread_max": ("beta/spread", max),
+    "beta/clamped": ("beta/clamped", statistics.fmean),
+    "coherence/layer": ("coherence/layer", statistics.fmean),
+    "coherence/phi_min": ("coherence/phi_slow_min", min),
+    "coherence/phi_max": ("coherence/phi_slow_max", max),
+    "coherence/starving": ("coherence/starving", statistics.fmean),
+}
+EXPERT_VALUES = ("phi_slow", "beta", "load")  # metrics of an expert that sinks show
 
 
 class Metrics(NamedTuple):
@@ -91,3 +116,30 @@ def layer_metric(name: str, block: int) -> str:
 def expert_id(block: int, expert: int) -> str:
     """The name of an expert: 'L0_E3' is expert 3 of the MoE layer in transformer block 0."""
     return f"L{block}_E{expert}"
+
+
+def place_of(name: str) -> tuple[str, int, int | None] | None:
+    """The metric, block and expert of a logged name: ('routing/js', 0, None) for 'routing/L0/js', ('load', 0, 3) for
+    'expert/L0_E3/load'. None if the metric is not of a layer or an expert.
+    """
+    found = re.fullmatch(r"(\w+)/L(\d+)(?:_E(\d+))?/(\w+)", name)
+    if found is None:
+        return None
+    group, block, expert, metric = found.groups()
+    return (f"{group}/{metric}", int(block), None) if expert is None else (metric, int(block), int(expert))
+
+
+def summary(values: Mapping[str, float | None]) -> dict[str, float]:
+    """The metrics of SUMMARY, from a logged step's metrics by name. Layers without a value are left out."""
+    layers: dict[str, list[float]] = {}
+    for name, value in values.items():
+        place = place_of(name)
+        if place is not None and place[2] is None and value is not None:
+            layers.setdefault(place[0], []).append(value)
+    return {name: reduce(layers[metric]) for name, (metric, reduce) in SUMMARY.items() if metric in layers}
+
+
+def by_expert(values: Mapping[str, float | None], metric: str) -> dict[tuple[int, int], float | None]:
+    """A metric of the experts, as 'load', by (block, expert), from a logged step's metrics by name."""
+    places = ((place_of(name), value) for name, value in values.items() if name.endswith(f"/{metric}"))
+    return {(p[1], p[2]): value for p, value in places if p is not None and p[0] == metric and p[2] is not None}

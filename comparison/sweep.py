@@ -28,6 +28,7 @@ from trainer.errors import UserError
 from trainer.files import parse_json, read_text
 from trainer.interrupt import PARENT, Interrupt
 from trainer.lock import LOCK
+from trainer.runlog import wandb_group
 from trainer.settings import COMPARED
 
 TRAIN = Path(__file__).parent.parent / "train.py"
@@ -116,6 +117,10 @@ def plan(arguments: list[str], out: Path, arms: list[str], seeds: int) -> list[J
             out_dir = out / f"{arm}_seed{seed}"
             of_run = [*of_arm, f"--seed={seed}", f"--out_dir={out_dir}"]
             jobs.append(Job(arm, seed, out_dir, of_run, wanted[arm]["max_iters"]))
+    if given.get("wandb_log") and not given.get("wandb_group"):
+        group = wandb_group(next((wanted[arm] for arm in arms if arm != "load"), wanted[arms[0]]))
+        for job in jobs:  # of all arms, although `load` sets other keys too
+            job.arguments.append(f"--wandb_group={group}")
     jobs.sort(key=lambda job: job.seed)
     data: dict[str, Any] = {}
     for job in jobs:

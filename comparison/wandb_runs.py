@@ -6,8 +6,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from comparison.analysis import conclusion
-from comparison.report import COLUMNS, Comparison, cells
+from chronomoe.metrics import SUMMARY
+from comparison.analysis import Analysis, Row, conclusion
+from comparison.report import Comparison, short_verdict
 from comparison.runs import Run, Unusable, checked
 from trainer.errors import UserError, first_line
 from trainer.wandb_run import WandbRun
@@ -39,8 +40,9 @@ def load(source: Any) -> Run:
 
 
 def plain(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of W&B's history as a line of metrics.jsonl: only numbers, without W&B's own columns."""
-    numbers = {k: v for k, v in row.items() if not k.startswith("_") and isinstance(v, (int, float))}
+    """A row of W&B's history as a line of metrics.jsonl: only numbers, without W&B's own columns and our summaries."""
+    names = [name for name in row if not name.startswith("_") and name not in SUMMARY]
+    numbers = {name: row[name] for name in names if isinstance(row[name], (int, float))}
     values = {k: v if math.isfinite(v) else None for k, v in numbers.items()}
     return values | {"step": int(row["step"])}
 
@@ -57,14 +59,36 @@ def log(out: Path, comparison: Comparison, drawn: dict[str, Path]) -> None:
         config={"command": comparison.command, "differing": comparison.differing},
     )
     run.attempt("log", lambda wandb, r: r.log(_content(wandb, comparison, drawn)))
+    if config.get("wandb_artifacts"):
+        files = [out / name for name in ("report.html", "report.md", "comparison.json")]
+        run.artifact("report", "report", files)
     run.finish()
 
 
 def _content(wandb: Any, comparison: Comparison, drawn: dict[str, Path]) -> dict[str, Any]:
-    rows = [cells(comparison.analysis, r) for r in comparison.rows]
+    rows = [_numbers(comparison.analysis, r) for r in comparison.rows]
     sentences = [conclusion(comparison.analysis), *comparison.sentences]
+    table = {"contrasts": wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])} if rows else {}
     return {
-        "contrasts": wandb.Table(columns=COLUMNS, data=rows),
+        **table,
         "verdict": wandb.Table(columns=["verdict"], data=[[sentence] for sentence in sentences]),
         **{f"figures/{title}": wandb.Image(str(path)) for title, path in drawn.items()},
+    }
+
+
+def _numbers(analysis: Analysis, r: Row) -> dict[str, str | int | float | None]:
+    """A row of the table of contrasts; None for a number that does not exist."""
+    c, verdict = r.contrast, short_verdict(analysis, r)
+    numbers = {
+        "mean difference": c.mean,
+        "standard deviation": c.sd,
+        "95% low": c.low,
+        "95% high": c.high,
+        "p": math.nan if verdict == "none" else c.p,
+        "margin": math.nan if c.margin is None else c.margin,
+    }
+    return {
+        **{"outcome": r.outcome.name, "unit": r.outcome.unit, "a": r.a, "b": r.b, "pairs": c.n},
+        **{name: value if math.isfinite(value) else None for name, value in numbers.items()},
+        **{"verdict": verdict, "confounders": ", ".join(r.confounders)},
     }

@@ -2,32 +2,41 @@
 
 In out_dir: config.json (every setting as resolved, the environment, the history of starts, and what is missing from the
 logs), metrics.jsonl (a line per logged step), decisions.jsonl (a line when a prune candidate opens or is withdrawn).
-Console prints a row per logged step.
+Console prints a row per logged step. Sinks (W&B, TensorBoard) get the metrics, the console's lines and alerts.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from chronomoe import PruneDecision
+from chronomoe.options import is_active
 from trainer import checkpoint
 from trainer.console import Console
+from trainer.environment import ENVIRONMENT
 from trainer.errors import UserError
 from trainer.files import JsonLines, atomic_write, parse_json, read_text, remove_partial_files
-from trainer.settings import Settings
+from trainer.progress import Line
+from trainer.settings import Settings, keys
+from trainer.sinks import Sink
+from trainer.tensorboard_log import TensorBoardLog
 from trainer.wandb_run import WandbRun
 
 # keys of a checkpoint that RunLog reads on resume; checkpoint.is_ours reads 'random'
 RECORD = ("lines", "lines_sha256", "history", "incomplete", "wandb_id", "unfinished", "random")
+CONDITION = ("model", "computed", "numerics", "length", "data")  # roles of the keys that a W&B group tells apart
+LISTED = 20  # experts that an alert lists
 
 
 class RunLog:
-    """Writes the run's files, its console lines and its W&B run.
+    """Writes the run's files and its console lines, and passes what is logged on to the sinks.
 
     Args:
         settings: of the run.
@@ -49,7 +58,8 @@ class RunLog:
     ):
         self.settings = settings
         self.out_dir = Path(settings.out_dir)
-        self.console = Console(settings, step)
+        self.sinks: list[Sink] = []
+        self.console = SharedConsole(settings, step, self.sinks)
         self.wandb: WandbRun | None = None
         self.is_behind = False  # lines are waiting in memory
         self.closed = False
@@ -71,16 +81,19 @@ class RunLog:
         for sentence in self.incomplete:
             self.info(f"incomplete: {sentence}")
         if settings.wandb_log:
-            identity = wandb_identity(settings)
+            identity = wandb_identity(settings, resolved)
             self.wandb = WandbRun(
                 self.info, self.out_dir, resumed=wandb_id is not None, config=resolved, id=wandb_id, **identity
             )
+            self.sinks.append(self.wandb)
+        if settings.tensorboard:
+            first_step = 0 if saved is None else _last_logged(step, saved) + 1
+            self.sinks.append(TensorBoardLog(self.info, self.out_dir / "tensorboard", first_step))
 
     def _open_logs(self, step: int, saved: dict[str, Any] | None) -> dict[str, JsonLines]:
         saved = {"lines": {"metrics": 0, "decisions": 0}} if saved is None else saved
         lines, sha256 = _values_in(saved, "lines", int), _values_in(saved, "lines_sha256", str)
-        # a step whose evaluation was interrupted has no line yet
-        last = {"metrics": step - 1 if saved.get("unfinished") else step, "decisions": step}
+        last = {"metrics": _last_logged(step, saved), "decisions": step}
         return {
             name: JsonLines(
                 self.out_dir / f"{name}.jsonl", lines.get(name), upto, sha256.get(name), one_per_step=name == "metrics"
@@ -112,12 +125,18 @@ class RunLog:
         """Count a finished step in the progress bar."""
         self.console.advance()
 
-    def metrics(self, values: dict[str, float | None]) -> None:
+    def metrics(self, values: Line) -> None:
         """Log a step's metrics by name; `values` includes `step`."""
         self._append("metrics", values)
-        if self.wandb:
-            self.wandb.log(values)
+        for sink in self.sinks:
+            sink.log(values)
         self.console.row(values)
+
+    def alert(self, title: str, text: str, step: int) -> None:
+        """Print an event, and pass it on to the sinks as an alert."""
+        self.info(text)
+        for sink in self.sinks:
+            sink.alert(title, text, step)
 
     def decisions(self, decisions: list[PruneDecision]) -> None:
         """Log prune candidates that opened or were withdrawn. Nothing is pruned."""
@@ -129,15 +148,25 @@ class RunLog:
                 f"[DRY-RUN] step {d.step}: {verb} {d.expert_id} "
                 f"(reason={d.reason}, phi_slow={phi}, tokens={d.total_tokens_seen:,})"
             )
+        opened = [d for d in decisions if d.action == "open"]
+        if opened:
+            experts = list(dict.fromkeys(d.expert_id for d in opened))
+            names = ", ".join(experts[:LISTED]) + (", ..." if len(experts) > LISTED else "")
+            step = opened[-1].step
+            for sink in self.sinks:
+                sink.alert("Prune proposals", f"step {step}: proposed, not executed: {names}", step)
 
     def close(self, in_haste: bool = False) -> None:
-        """Close the W&B run and the files; only the first call counts. in_haste: a signal ended the run."""
+        """Close the sinks and the files; only the first call counts. in_haste: a signal ended the run."""
         if self.closed:
             return
         self.closed = True
         self.console.close()
-        if self.wandb:
-            self.wandb.finish(in_haste)
+        if self.wandb and self.settings.wandb_artifacts and not in_haste:
+            files = [self.out_dir / name for name in (checkpoint.NAME, checkpoint.BEST)]
+            self.wandb.artifact("checkpoint", "model", files)
+        for sink in self.sinks:
+            sink.finish(in_haste)
         for f in self.files.values():
             if f.waiting:
                 self.info(f"{len(f.waiting)} lines of {f.path} could not be written and are lost")
@@ -166,7 +195,9 @@ class NoLog:
 
     def advance(self) -> None: ...
 
-    def metrics(self, values: dict[str, float | None]) -> None: ...
+    def metrics(self, values: Line) -> None: ...
+
+    def alert(self, title: str, text: str, step: int) -> None: ...
 
     def decisions(self, decisions: list[PruneDecision]) -> None: ...
 
@@ -185,17 +216,53 @@ class ConsoleLog(NoLog):
         print(line)
 
 
-def wandb_identity(settings: Settings) -> dict[str, Any]:
-    """Names in W&B. Runs with beta on and off have the same group and another job_type, so their curves overlay."""
+class SharedConsole(Console):
+    """A console whose lines also go to the sinks."""
+
+    def __init__(self, settings: Settings, first_step: int, sinks: list[Sink]):
+        super().__init__(settings, first_step)
+        self.sinks = sinks
+
+    def info(self, line: str) -> None:
+        super().info(line)
+        for sink in self.sinks:
+            sink.line(line)
+
+
+def wandb_identity(settings: Settings, resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """Names in W&B. The job type is the arm; runs that differ in seed, or in off, on and shuffled, have one group.
+
+    resolved: contents of config.json.
+    """
     s = settings
-    shape = f"{s.n_layer}x{s.n_embd}-e{s.n_exp}-k{s.top_k}"
     return {
         "project": s.wandb_project,
         "name": s.wandb_run_name or Path(s.out_dir).name,
-        "group": f"{Path(s.dataset).name}-{shape}",
-        "job_type": "beta_on" if s.chrono.beta else "beta_off",
-        "tags": [*s.chrono.steps_on(), f"signal:{s.chrono.signal}", f"seed:{s.seed}"],
+        "group": s.wandb_group or wandb_group(resolved),
+        "job_type": s.arm,
+        "tags": list(dict.fromkeys([*s.chrono.steps_on(), f"signal:{s.chrono.signal}", f"seed:{s.seed}", *s.own_tags])),
+        "notes": s.wandb_notes or None,
     }
+
+
+def wandb_group(resolved: Mapping[str, Any]) -> str:
+    """A name for the condition of a run: readable parts, then a digest of all that defines it.
+
+    The arms off, on and shuffled do not differ in it, nor do seeds. The arm `load` sets other keys too.
+    resolved: settings by key, and those of ENVIRONMENT that are known.
+    """
+    declared = keys()
+    values = {**resolved, "chrono_beta": True, "chrono_signal": "coherence"}
+    roles = {name: key.role for name, key in declared.items()} | ENVIRONMENT
+    condition = {
+        name: value
+        for name, value in values.items()
+        if roles.get(name) in CONDITION and name != "dataset" and is_active(name, values, declared)
+    }
+    digest = hashlib.sha256(json.dumps(condition, sort_keys=True).encode()).hexdigest()[:6]
+    shape = "{n_layer}x{n_embd}-e{n_exp}-k{top_k}".format(**values)
+    loop = "eta{chrono_eta:g}-kmax{chrono_k_max:g}".format(**values) + "-center" * values["chrono_center"]
+    return f"{Path(values['dataset']).name[:40]}-{shape}-{loop}-{digest}"
 
 
 def record_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -246,6 +313,11 @@ def _read_config(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return config if isinstance(config, dict) else {}
+
+
+def _last_logged(step: int, saved: dict[str, Any]) -> int:
+    """The last step that has a line, of a run at this step: a step whose evaluation was interrupted has none yet."""
+    return step - 1 if saved.get("unfinished") else step
 
 
 def _values_in(record: dict[str, Any], key: str, kind: type) -> dict[str, Any]:

@@ -7,6 +7,7 @@ ChronoConfig with the prefix `chrono_`.
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,8 @@ from trainer.arms import ARMS, CUSTOM, arm_of, check_arm
 from trainer.errors import UserError
 
 PREFIX = "chrono_"
+ID = "{id}"
+MAX_TAG = 64
 # Runs that differ in a setting with one of these roles do not compute the same.
 COMPARED = ("model", "computed", "numerics", "length", "study")
 USAGE = f"usage: python train.py [config/FILE.py ...] [--key=value ...] [--help]\n\n{cli.CONFIG_FILES}"
@@ -27,7 +30,12 @@ USAGE = f"usage: python train.py [config/FILE.py ...] [--key=value ...] [--help]
 class Settings:
     """The settings of a run. `flat()` returns them by the keys that users write."""
 
-    out_dir: str = option("out", "folder that the run writes to", role="start", group="Run")
+    out_dir: str = option(
+        "out",
+        "folder that the run writes to; {id} in it stands for WANDB_RUN_ID, which `wandb agent` sets",
+        role="start",
+        group="Run",
+    )
     init_from: str = option(
         "scratch",
         "'scratch': new weights; 'resume': continue the run in out_dir; "
@@ -70,6 +78,26 @@ class Settings:
     )
     wandb_project: str = option("nano-chronomoe", "project in W&B", role="start")
     wandb_run_name: str = option("", "name of the run in W&B; empty: the name of out_dir", role="start")
+    wandb_group: str = option(
+        "",
+        "group in W&B; empty: a name that tells apart all settings except the seed and the arms off, on and shuffled",
+        role="start",
+    )
+    wandb_tags: str = option(
+        "", "tags in W&B, separated by commas, in addition to steps, signal and seed", role="start"
+    )
+    wandb_notes: str = option("", "notes in W&B", role="start")
+    wandb_artifacts: bool = option(
+        False,
+        "at the end, upload the last and the best checkpoint as an artifact; compare.py: the report",
+        role="start",
+    )
+    tensorboard: bool = option(
+        False,
+        "log to out_dir/tensorboard too; needs the package tensorboard",
+        role="start",
+        group="TensorBoard",
+    )
 
     dataset: str = option(
         "openwebtext",
@@ -141,6 +169,11 @@ class Settings:
         return own | {PREFIX + name: value for name, value in vars(self.chrono).items()}
 
     @property
+    def own_tags(self) -> list[str]:
+        """The tags in wandb_tags."""
+        return [tag.strip() for tag in self.wandb_tags.split(",") if tag.strip()]
+
+    @property
     def tokens_per_step(self) -> int:
         """Tokens per step, over all ranks."""
         return self.gradient_accumulation_steps * self.batch_size * self.block_size
@@ -181,7 +214,17 @@ def given(arguments: list[str]) -> dict[str, Any]:
     arm = line.values.get("arm", "")
     defines = ARMS.get(arm, {})
     check_arm(arm, defines | (line.options if "arm" in line.options else line.values))
-    return line.file_options | defines | line.options
+    return _with_id(line.file_options | defines | line.options)
+
+
+def _with_id(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with {id} in out_dir replaced. Raises UserError if the id is not known."""
+    if ID not in values.get("out_dir", ""):
+        return values
+    run_id = os.environ.get("WANDB_RUN_ID")
+    if not run_id:
+        raise UserError(f"out_dir={values['out_dir']!r}: {ID} stands for WANDB_RUN_ID, which is not set")
+    return values | {"out_dir": values["out_dir"].replace(ID, run_id)}
 
 
 def from_values(values: dict[str, Any]) -> Settings:
@@ -199,6 +242,9 @@ def from_values(values: dict[str, Any]) -> Settings:
         GPTConfig(**settings.model_args(vocab_size=1))
     except ValueError as e:
         raise UserError(str(e)) from None
+    for tag in settings.own_tags:
+        if len(tag) > MAX_TAG:
+            raise UserError(f"wandb_tags: W&B accepts tags of up to {MAX_TAG} characters, not {len(tag)}: {tag!r}")
     check_arm(settings.arm, settings.flat())
     settings.arm = settings.arm or arm_of(settings.flat())
     return settings

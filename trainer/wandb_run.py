@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import queue
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from trainer.errors import first_line, skip_exit_handlers
+from chronomoe.metrics import EXPERT_VALUES, by_expert, place_of, summary
+from trainer.errors import first_line
+from trainer.progress import Line
+from trainer.sinks import Calls
 
 Mode = Literal["online", "offline", "disabled"]
 
@@ -17,27 +18,25 @@ REACH_TIMEOUT = 3.0  # seconds to reach the server
 START_TIMEOUT = 10.0  # seconds for a server that is reached to start the run
 FINISH_TIMEOUT = 120.0  # seconds to upload what is left at the end
 HASTY_TIMEOUT = 5.0  # the same after a signal
-MAX_QUEUED = 1000  # calls
+HIDDEN = ("step", "tokens", "time/step_ms")  # metrics without a chart, besides those of a layer or an expert
 
 
 class WandbRun:
-    """One W&B run. After a failure it prints one line and does nothing from then on.
-
-    A thread makes the calls, so a slow or hanging W&B does not hold up training.
+    """A Sink that is one W&B run.
 
     Args:
         info: prints a line.
         out_dir: parent of W&B's folder.
         resumed: the run continues one with the same id.
-        identity: wandb.init's project, name, group, job_type, tags, config and id.
+        identity: wandb.init's project, name, group, job_type, tags, notes, config and id.
     """
 
     def __init__(self, info: Callable[[str], None], out_dir: Path, resumed: bool = False, **identity: Any):
         self.info = info
+        self.calls = Calls("W&B", info)
         self.run = None
-        self.failed = False
         self.id: str | None = identity.get("id")
-        self.work: queue.SimpleQueue[tuple[str, Callable[[Any, Any], Any]] | None] = queue.SimpleQueue()
+        self.defined: set[str] = set()  # names of metrics
         try:
             import wandb
 
@@ -49,72 +48,94 @@ class WandbRun:
                 silent=True, console="off", init_timeout=START_TIMEOUT, finish_timeout=FINISH_TIMEOUT
             )
             try:
-                self.run = wandb.init(mode=mode, dir=out_dir, resume="allow", settings=settings, **identity)
+                run = wandb.init(mode=mode, dir=out_dir, resume="allow", settings=settings, **identity)
             except Exception as e:
                 if mode == "offline":
                     raise
                 mode, why = "offline", f"{type(e).__name__}: {first_line(e)}"
-                self.run = wandb.init(mode=mode, dir=out_dir, settings=settings, **identity)
-            self.run.define_metric("*", step_metric="step")
+                run = wandb.init(mode=mode, dir=out_dir, settings=settings, **identity)
         except Exception as e:
-            self._fail("start", e)
+            self.calls.fail("start", e)
             return
-        self.id = self.run.id
-        self.folder = self.run.settings.sync_dir
+        self.run = run
+        self.id = run.id
+        self.folder = run.settings.sync_dir
         if mode == "offline":
             # a resumed run has one folder per start, all with its id
             folders = sorted(str(path) for path in Path(out_dir).glob(f"wandb/offline-run-*-{self.id}*"))
             several = resumed and len(folders) > 1
             info(f"W&B: offline ({why}); to upload later: wandb sync {' '.join(folders) if several else self.folder}")
         else:
-            info(f"W&B: {self.run.url}")
-        self.thread = threading.Thread(target=self._work, name="wandb", daemon=True)
-        self.thread.start()
+            info(f"W&B: {run.url}")
+        self.calls.start()
 
-    def log(self, values: dict[str, float | None]) -> None:
-        """Log one step's values, which include `step`."""
-        numbers = {k: v for k, v in values.items() if v is not None}
-        self.attempt("log", lambda wandb, run: run.log(numbers, step=int(numbers["step"])))
+    def log(self, values: Line) -> None:
+        self.attempt("log", lambda wandb, run: self._log(wandb, run, values))
+
+    def line(self, text: str) -> None:
+        self.attempt("log", lambda wandb, run: run.write_logs(text))
+
+    def alert(self, title: str, text: str, step: int) -> None:
+        self.attempt("alert", lambda wandb, run: run.alert(title, text, level="WARN"))
+
+    def artifact(self, name: str, kind: str, paths: list[Path]) -> None:
+        """Upload those of these files that exist as one artifact. name: without the run's id. kind: its type in W&B."""
+
+        def upload(wandb: Any, run: Any) -> None:
+            artifact = wandb.Artifact(f"{name}-{run.id}", type=kind)
+            for path in paths:
+                if path.exists():
+                    artifact.add_file(str(path), policy="immutable")  # without a copy
+            run.log_artifact(artifact)
+
+        self.attempt("upload", upload)
 
     def attempt(self, doing: str, action: Callable[[Any, Any], Any]) -> None:
         """Call action(wandb, run) in the thread, if W&B still works. doing: a verb for the message if it fails."""
-        if self.run is None:
-            return
-        self.work.put((doing, action))
-        if self.work.qsize() > MAX_QUEUED:
-            self._fail("keep up", TimeoutError(f"{MAX_QUEUED} calls are waiting"))
+        run = self.run
+        if run is not None:
+            import wandb
+
+            self.calls.put(doing, lambda: action(wandb, run))
 
     def finish(self, in_haste: bool = False) -> None:
-        """Finish the run after the queued calls. in_haste: a signal ended the program."""
-        if self.run is None:
+        run = self.run
+        if run is None or not self.calls.is_open:
             return
-        self.attempt("finish", lambda wandb, run: run.finish())
-        self.work.put(None)
-        seconds = HASTY_TIMEOUT if in_haste else FINISH_TIMEOUT
-        self.thread.join(seconds)
-        if self.thread.is_alive() and self.run is not None:
-            self._fail("finish", TimeoutError(f"not done after {seconds:g} s; to upload: wandb sync {self.folder}"))
+        hint = f"; to upload: wandb sync {self.folder}"
+        self.calls.finish(run.finish, HASTY_TIMEOUT if in_haste else FINISH_TIMEOUT, hint)
         lost = _lost(Path(self.folder))
         if lost:
             self.info(f"W&B: {self.folder} is incomplete ({lost}); metrics.jsonl is complete")
 
-    def _work(self) -> None:
-        import wandb
+    def _log(self, wandb: Any, run: Any, values: Line) -> None:
+        content: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
+        content |= summary(values)
+        for name in [name for name in content if name not in self.defined]:  # in a pattern, * does not match a slash
+            self._define(run, name)
+        if "val/loss" in values and any(by_expert(values, metric) for metric in EXPERT_VALUES):
+            content["experts"] = _expert_table(wandb, values)
+        run.log(content, step=int(content["step"]))
 
-        while (work := self.work.get()) is not None and self.run is not None:
-            doing, action = work
-            try:
-                action(wandb, self.run)
-            except Exception as e:
-                self._fail(doing, e)
+    def _define(self, run: Any, name: str) -> None:
+        options: dict[str, Any] = {} if name == "step" else {"step_metric": "step"}
+        if place_of(name) is not None:
+            options |= {"hidden": True, "summary": "none"}
+        elif name in HIDDEN:
+            options |= {"hidden": True}
+        elif name == "val/loss":
+            options |= {"summary": "min,last"}
+        run.define_metric(name, **options)
+        self.defined.add(name)
 
-    def _fail(self, doing: str, e: Exception) -> None:
-        if self.run is not None:
-            skip_exit_handlers()  # W&B's would hang or print a traceback
-        self.run = None  # nothing is queued from here on
-        if not self.failed:
-            self.failed = True
-            self.info(f"W&B: could not {doing} ({type(e).__name__}: {first_line(e)}); continuing without it")
+
+def _expert_table(wandb: Any, values: Line) -> Any:
+    """One row per expert: its block, its index, and the EXPERT_VALUES that are measured."""
+    found = {metric: by_expert(values, metric) for metric in EXPERT_VALUES}
+    found = {metric: cells for metric, cells in found.items() if cells}
+    places = next(iter(found.values()))
+    rows = [[block, e, *(cells[block, e] for cells in found.values())] for block, e in places]
+    return wandb.Table(columns=["block", "expert", *found], data=rows)
 
 
 def _lost(folder: Path) -> str:

@@ -297,7 +297,11 @@ def test_runs_from_wandb_give_the_same_report_as_from_disk(tmp_path, monkeypatch
     theirs, ours = (json.loads((folder / "comparison.json").read_text()) for folder in reports)
     assert theirs["primary"] == ours["primary"]
     (logged,) = (tmp_path / "runs" / "wandb").glob("offline-run-*/files/media")
-    assert len(list(logged.rglob("*.png"))) >= 4 and list((logged / "table").rglob("*.json"))
+    assert len(list(logged.rglob("*.png"))) >= 4
+    (table,) = (json.loads(path.read_text()) for path in (logged / "table").glob("contrasts*.json"))
+    first, expected = dict(zip(table["columns"], table["data"][0])), ours["primary"][0]
+    assert first["mean difference"] == expected["mean"] and first["95% low"] == expected["low"]
+    assert [first[name] for name in ("a", "b", "pairs", "p")] == ["on", "off", 6, expected["p"]]
     monkeypatch.setattr(wandb, "Api", lambda: 1 / 0)
     assert error_of(compare.main, ["--wandb=entity/project"]).startswith("--wandb=entity/project: W&B did not answer (")
     monkeypatch.chdir(tmp_path / "runs")

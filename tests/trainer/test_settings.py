@@ -33,7 +33,7 @@ def test_keys_defaults_roles_and_allowed_values_are_the_recorded_ones():
 def test_the_page_for_nanomoes_users_has_every_key_and_our_defaults():
     page = (ROOT / "docs" / "from_nanomoe.md").read_text()
     nanomoes = dict(re.findall(r"^\| `(\w+)` \| `.*?` \| `(.*?)` \|", page, flags=re.MULTILINE))
-    (added,) = re.findall(r"^New keys: (.*?), and those", page, flags=re.MULTILINE)
+    (added,) = re.findall(r"^New keys: (.*?), and\sthose", page, flags=re.MULTILINE | re.DOTALL)
     ours = {key: str(value) for key, value in flat().items() if not key.startswith("chrono_")}
     assert nanomoes.items() <= ours.items() and ours.keys() - nanomoes.keys() == set(re.findall(r"`(\w+)`", added))
 
