@@ -2,7 +2,8 @@
 
     y_r = gelu(x_r W_fc[e] + b_fc[e]) W_proj[e] + b_proj[e],   e the expert of row r
 
-There are two kernels: `grouped_mm` for bfloat16 on CUDA, and a loop over the experts' slices for everything else.
+There are two kernels: `grouped_mm` for bfloat16 on GPUs where it does not synchronize, and a loop over the experts'
+slices for everything else. The loop reads the experts' token counts on the host, once per layer.
 
 Shapes: E experts, D model width, S rows.
 """
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 
 from ops.autograd import refuse_second_derivatives
 from ops.dispatch import Dispatch, rows_per_expert
+
+# Compute capabilities with a kernel for grouped_mm. Elsewhere it is a loop that synchronizes for each expert.
+GROUPED_CAPABILITIES = ((9, 0), (10, 0))
 
 
 class MLPExperts(nn.Module):
@@ -37,7 +41,7 @@ class MLPExperts(nn.Module):
         self.fc_bias = nn.Parameter(torch.empty(E, 1, 4 * D)) if bias else None
         self.proj_bias = nn.Parameter(torch.empty(E, 1, D)) if bias else None
         self.dropout = nn.Dropout(dropout)
-        # None: grouped_mm for bfloat16 on CUDA, else the loop. True and False force one of the two.
+        # None: grouped_mm where it does not synchronize, else the loop. True and False force one of the two.
         self.use_grouped_mm: bool | None = None
 
     def forward(self, rows: Tensor, plan: Dispatch, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -53,8 +57,10 @@ class MLPExperts(nn.Module):
     def _uses_grouped_mm(self, rows: Tensor) -> bool:
         if self.use_grouped_mm is not None:
             return self.use_grouped_mm
+        if rows.device.type != "cuda" or _matmul_dtype(rows) != torch.bfloat16:
+            return False
         # grouped_mm requires row strides that are multiples of 16 bytes
-        return rows.device.type == "cuda" and _matmul_dtype(rows) == torch.bfloat16 and rows.shape[-1] % 8 == 0
+        return rows.shape[-1] % 8 == 0 and torch.cuda.get_device_capability(rows.device) in GROUPED_CAPABILITIES
 
     def _forward_loop(self, rows: Tensor, plan: Dispatch, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
         sizes = rows_per_expert(plan).tolist()

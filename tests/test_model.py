@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.helpers.models import build, moe_layer
-from trainer.flops import flops_per_token, peak
+from trainer.flops import flops_per_token, peak, peak_of
 
 
 @pytest.mark.parametrize("switch", [False, True])
@@ -48,3 +48,15 @@ def test_flops_per_token_are_those_of_the_matrix_products(experts):
     forward = counter.get_total_flops() / idx.numel()
     assert flops_per_token(model) == pytest.approx(3 * forward, rel=0.01)  # layer norms are below 1%
     assert peak(torch.device("cpu"), "float32") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        *[("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12)],
+        *[("NVIDIA L4", 121e12), ("NVIDIA L40S", 362e12), ("NVIDIA A10", 125e12)],
+        *[(f"NVIDIA {name}", None) for name in ("L40", "RTX A1000", "GeForce RTX 3090 Ti", "A10G", "GH200 480GB")],
+    ],
+)
+def test_peak_is_that_of_the_named_device_alone(name, expected):
+    assert peak_of(name) == expected

@@ -38,7 +38,7 @@ def select_device(name: str, world: World | None = None) -> torch.device:
 def resolve_dtype(dtype: str, device: torch.device) -> str:
     """The dtype of forward; 'auto': bfloat16 or float16 on CUDA, else float32. Raises UserError if unsupported."""
     if dtype == "auto":
-        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = "bfloat16" if bf16 else "float16" if device.type == "cuda" else "float32"
     if device.type != "cuda" and dtype != "float32":
         raise UserError(f"dtype={dtype!r} needs CUDA; on {device} use --dtype=float32")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from model import GPT
 
-# Peaks for dense bfloat16 and float16 matmuls, FLOP/s, from data sheets, by a part of the device's name.
+# Peaks for dense bfloat16 and float16 matmuls, FLOP/s, from data sheets, by words of the device's name.
 PEAKS = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -35,5 +37,10 @@ def peak(device: torch.device, dtype: str) -> float | None:
     """Peak FLOP/s of the device in a 16-bit dtype; None if unknown."""
     if device.type != "cuda" or dtype not in ("bfloat16", "float16"):
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((rate for part, rate in PEAKS.items() if part in name), None)
+    return peak_of(torch.cuda.get_device_name(device))
+
+
+def peak_of(name: str) -> float | None:
+    """The peak of the device with this name. A variant, such as 'RTX 3090 Ti', is another device."""
+    variants = r"(?! (?:Ti|D|Laptop)\b)"
+    return next((rate for words, rate in PEAKS.items() if re.search(rf"\b{words}\b{variants}", name)), None)

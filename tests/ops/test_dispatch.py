@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmark.one_hot import one_hot_moe
 from chronomoe import RouterBias
 from ops.dispatch import from_experts, kept_gates, plan_dispatch, to_experts
+from ops.experts import MLPExperts
 from tests.helpers import reference
 from tests.helpers.models import Operators, chrono, moe_layer
 
@@ -92,3 +94,19 @@ def test_the_benchmarks_one_hot_dispatch_computes_the_same(factor):
     routing, experts = moe.router(x), moe.experts
     theirs = one_hot_moe(x, routing.experts, routing.gates, experts.c_fc, experts.c_proj, moe.capacity(30) or 30)
     torch.testing.assert_close(moe(x.unsqueeze(0), None, False)[0][0], theirs)
+
+
+@pytest.mark.parametrize(
+    ("capability", "width", "dtype", "expected"),
+    [
+        *[((9, 0), 16, torch.bfloat16, True), ((10, 0), 16, torch.bfloat16, True)],
+        *[((8, 0), 16, torch.bfloat16, False), ((12, 0), 16, torch.bfloat16, False)],
+        *[((9, 0), 12, torch.bfloat16, False), ((9, 0), 16, torch.float16, False)],
+    ],
+)
+def test_grouped_mm_is_chosen_where_it_does_not_synchronize(capability, width, dtype, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    experts = MLPExperts(2, width, bias=False, dropout=0.0)
+    with FakeTensorMode():
+        rows = torch.empty(4, width, dtype=dtype, device="cuda")
+    assert experts._uses_grouped_mm(rows) == expected
