@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -43,6 +44,16 @@ def resolve_dtype(dtype: str, device: torch.device) -> str:
     if device.type != "cuda" and dtype != "float32":
         raise UserError(f"dtype={dtype!r} needs CUDA; on {device} use --dtype=float32")
     return dtype
+
+
+@contextmanager
+def deterministic_algorithms() -> Iterator[None]:
+    """Let torch use only deterministic algorithms. Enter it before the first matmul on CUDA."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS may pick another algorithm
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
 
 
 def autocast_context(dtype: str, device: torch.device) -> Autocast:

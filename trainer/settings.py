@@ -160,6 +160,12 @@ class Settings:
         role="numerics",
     )
     compile: bool = option(False, "compile the model with torch.compile", role="numerics")
+    deterministic: bool = option(
+        False,
+        "use only deterministic algorithms on CUDA, so that a run repeats bit for bit; attention and embedding can be "
+        "slower. On a CPU runs repeat without it",
+        role="numerics",
+    )
 
     chrono: ChronoConfig = field(default_factory=ChronoConfig)
 

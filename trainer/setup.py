@@ -19,7 +19,7 @@ from trainer import checkpoint, messages
 from trainer import settings as setting
 from trainer.checkpointer import Checkpointer
 from trainer.data import BatchLoader, TokenData, open_dataset
-from trainer.device import autocast_context, device_name, resolve_dtype, select_device
+from trainer.device import autocast_context, deterministic_algorithms, device_name, resolve_dtype, select_device
 from trainer.distributed import World, one_line_errors, process_group, torchrun_environment, torchrun_id
 from trainer.environment import describe_environment
 from trainer.errors import UserError
@@ -80,6 +80,8 @@ def set_up(given: dict[str, Any], world: World, interrupt: Interrupt, stack: con
     """Build the run of these settings on every rank. The stack releases the lock and closes the log."""
     start = _lock_and_resolve(given, world, stack)
     s, saved = start.settings, start.saved
+    if s.deterministic:
+        stack.enter_context(deterministic_algorithms())
     device = select_device(s.device, world)
     s.device = device.type if world.world_size > 1 else str(device)
     s.dtype = resolve_dtype(s.dtype, device)

@@ -204,3 +204,16 @@ def test_skipped_steps_change_no_state_and_ten_in_a_row_end_the_run(keys, resume
     assert moved == {"/iter_num", "/random/0/cpu", "/chrono/coherence/step"}
     assert resume(out, **options, max_iters=16) == 0  # the cause is gone
     assert runs.metrics(out)[-1]["train/skipped"] == 10
+
+
+def test_deterministic_algorithms_are_on_during_a_run_only_and_change_no_bit_on_a_cpu(keys, full_run, out, monkeypatch):
+    enabled, learning_rate = [], train.learning_rate
+
+    def observed(s, step):
+        enabled.append(torch.are_deterministic_algorithms_enabled())
+        return learning_rate(s, step)
+
+    monkeypatch.setattr(train, "learning_rate", observed)
+    assert train.main(keys(out, deterministic=True)) == 0
+    assert enabled == [True] * runs.STEPS and not torch.are_deterministic_algorithms_enabled()
+    runs.assert_same_run(out, full_run)
