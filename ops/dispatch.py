@@ -69,7 +69,8 @@ class _FromExperts(torch.autograd.Function):
         out = by_choice[0] * gates[:, :1]
         for k in range(1, top_k):
             out = torch.addcmul(out, by_choice[k], gates[:, k : k + 1])
-        return out.to(rows.dtype)
+        # torch.compile of torch 2.11 loses the gradient of a Function that returns `to` of the same dtype
+        return out if out.dtype == rows.dtype else out.to(rows.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
