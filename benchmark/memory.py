@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -73,4 +74,5 @@ def peak_of_process() -> int:
 
 if __name__ == "__main__":
     kind, name, tokens, device = sys.argv[1:]
-    print(json.dumps(peak(kind, name, int(tokens), torch.device(device))))
+    print(json.dumps(peak(kind, name, int(tokens), torch.device(device))), flush=True)
+    os._exit(0)  # on CUDA a thread of autograd can abort the process while Python exits

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
+from trainer.errors import UserError
+
 ROOT = Path(__file__).parent.parent
 UNKNOWN = "unknown"  # initial weights of runs of an older version
 CODE = ("train.py", "model.py", "ops/*.py", "chronomoe/*.py", "trainer/*.py")  # files that a training run executes
+OLDEST_TORCH, NEWEST_TORCH = (2, 11), (2, 13)  # that the tests have run on
 
-
-# Keys of config.json besides the settings, with their roles: those in trainer/settings.py, 'pair' (the two runs of a
+# Keys of config.json besides the settings, with their roles: those of settings, 'pair' (the two runs of a
 # pair must agree) and 'record' (not compared).
 ENVIRONMENT = {
     "data_sha256": "computed",  # of the token files, by file name
@@ -34,6 +36,15 @@ ENVIRONMENT = {
     "incomplete": "record",  # what is missing from the logs
     "history": "record",  # starts of the program
 }
+
+
+def check_torch(version: str = torch.__version__) -> list[str]:
+    """Notes on the version of torch. Raises UserError if it is too old."""
+    found = tuple(int(part) for part in version.split(".")[:2])
+    oldest, newest = (".".join(map(str, v)) for v in (OLDEST_TORCH, NEWEST_TORCH))
+    if found < OLDEST_TORCH:
+        raise UserError(f"torch {version} is too old: install {oldest} to {newest}")
+    return [f"torch {version} is not tested; {oldest} to {newest} are"] if found > NEWEST_TORCH else []
 
 
 def describe_environment() -> dict[str, Any]:

@@ -21,7 +21,7 @@ from trainer.checkpointer import Checkpointer
 from trainer.data import BatchLoader, TokenData, open_dataset
 from trainer.device import autocast_context, deterministic_algorithms, device_name, resolve_dtype, select_device
 from trainer.distributed import World, one_line_errors, process_group, torchrun_environment, torchrun_id
-from trainer.environment import describe_environment
+from trainer.environment import check_torch, describe_environment
 from trainer.errors import UserError
 from trainer.guard import NonFiniteGuard
 from trainer.interrupt import Interrupt
@@ -78,7 +78,9 @@ def open_run(arguments: list[str]) -> Iterator[Run]:
 
 def set_up(given: dict[str, Any], world: World, interrupt: Interrupt, stack: contextlib.ExitStack) -> Run:
     """Build the run of these settings on every rank. The stack releases the lock and closes the log."""
+    version_notes = check_torch()
     start = _lock_and_resolve(given, world, stack)
+    start.notes += version_notes
     s, saved = start.settings, start.saved
     if s.deterministic:
         stack.enter_context(deterministic_algorithms())

@@ -6,6 +6,7 @@ import pytest
 
 from tests.helpers.runs import ALL_ON, ROOT, error_of
 from trainer.arms import ARMS
+from trainer.environment import check_torch
 from trainer.settings import from_arguments, keys
 
 CONFIG_FILES = sorted(str(p) for p in (ROOT / "config").rglob("*.py") if p.name != "__init__.py")
@@ -82,3 +83,9 @@ def test_every_config_file_loads_and_differs_from_the_slice_only_as_it_says():
         assert differing(before, after) == {SWITCHES[i], "out_dir"} | arm
         assert [after[key] for key in SWITCHES] == [j <= i for j in range(5)]
     assert differing(on, after) == {"out_dir"}
+
+
+@pytest.mark.parametrize(("version", "notes"), [("2.11.0+cu130", 0), ("2.13.1", 0), ("2.14.0a0+git", 1), ("3.0.0", 1)])
+def test_a_version_of_torch_that_is_not_tested_is_noted_and_an_old_one_refused(version, notes):
+    assert len(check_torch(version)) == notes
+    assert "install 2.11 to 2.13" in error_of(check_torch, "2.10.1")
