@@ -3,7 +3,7 @@
     python compare.py config/study.py --seeds=8              train the runs that do not exist yet, then report
     python compare.py config/study.py --seeds=8 --arms=off,on --jobs=2 --chrono_eta=1e-3 --out_dir=out/eta
     python compare.py out/study                              compare the runs in a folder
-    python compare.py out/vertical_slice out/beta_off ...    compare these runs; --out_dir is for the report
+    python compare.py out/vertical_slice out/beta_off ...    compare these runs; the report is in out/compare_...
     python compare.py --wandb=entity/project                 compare the runs of a W&B project
     python compare.py --plan out/pilot --margin=0.02         number of pairs that decide about a margin, from a pilot
 
@@ -20,6 +20,7 @@ from trainer.errors import UserError, run_script  # first, so that Ctrl-C during
 # isort: split
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable
@@ -39,6 +40,7 @@ try:
     from comparison import planning, report, sweep, wandb_runs
     from comparison.analysis import conclusion
     from comparison.runs import Run, expand, group_into_arms, load_run, load_runs, lost_seeds
+    from comparison.tables import measures_by_arm
 except ModuleNotFoundError as e:
     sys.exit(f"error: comparing needs {e.name}: pip install -r requirements-compare.txt")
 
@@ -65,7 +67,8 @@ def main(arguments: list[str]) -> int:
     folders = [Path(a) for a in line.arguments if not a.endswith(".py")]
     configs = [a for a in line.arguments if a.endswith(".py")]
     given = [*configs, *(f"--{name}" for name in line.options)]
-    wandb_log, has_failed = line.options.get("wandb_log", False), False
+    wandb_log, failed = line.options.get("wandb_log", False), []
+    next_command = report.STUDY_COMMAND
     if own.plan:
         refuse_others(given, ["--plan", "--margin"], "--plan takes folders of runs and --margin")
         if own.margin is None and "margin" in line.options:
@@ -79,7 +82,11 @@ def main(arguments: list[str]) -> int:
     elif folders:
         both = "give a config file to train, or folders of runs to compare, not both"
         refuse_others(given, ["--out_dir", "--wandb_log"], both)
-        sources, load, out = expand(folders), load_run, Path(os.path.commonpath([os.path.abspath(f) for f in folders]))
+        sources, load = expand(folders), load_run
+        out = folders[0] if len(folders) == 1 else named_after(folders)
+    elif not configs:
+        what = shlex.join(["python", "compare.py", "config/study.py", *arguments])
+        raise UserError(f"{given[0]}: give a config file to train, as in {what}, or folders of runs to compare")
     else:
         passed_on = [a for a in arguments if cli.option_name(a) not in options_of(Options).keys() - {"margin"}]
         settings = setting.from_arguments([*passed_on, "--arm="])
@@ -88,10 +95,23 @@ def main(arguments: list[str]) -> int:
         study, failed, signal_status = train_study(passed_on, out, arms, own.seeds, jobs)
         if signal_status:
             return signal_status
-        sources, load, has_failed = study, sweep.load, bool(failed)
+        print("the runs have ended; evaluating the trained models and writing the report", flush=True)
+        changed = ["seeds"] if {"on", "off"} <= set(arms) else ["seeds", "arms"]
+        kept = [a for a in arguments if cli.option_name(a) not in changed]
+        next_command = shlex.join(["python", "compare.py", *kept, "--seeds=8"])
+        sources, load = study, sweep.load
     out = Path(own.out_dir or out)
-    write_report(sources, load, out, shlex.join(["python", "compare.py", *arguments]), wandb_log)
-    return 1 if has_failed else 0
+    write_report(sources, load, out, shlex.join(["python", "compare.py", *arguments]), wandb_log, next_command)
+    for job in failed:
+        print(f"failed: {job.out_dir}: {job.error}")
+    return 1 if failed else 0
+
+
+def named_after(folders: list[Path]) -> Path:
+    """The folder of the report on these runs: out/compare_ and their names."""
+    names = [re.sub(r"[^\w.-]+", "_", folder.resolve().name, flags=re.ASCII)[:40] for folder in folders]
+    more = [f"{len(names) - 3}_more"] if len(names) > 3 else []
+    return Path("out") / "_".join(["compare", *names[:3], *more])
 
 
 def refuse_others(given: list[str], allowed: list[str], reason: str) -> None:
@@ -115,10 +135,18 @@ def train_study(
     return study, failed, interrupt.exit_status
 
 
-def write_report(sources: Iterable[Any], load: Callable[[Any], Run], out: Path, command: str, wandb_log: bool) -> None:
+def write_report(
+    sources: Iterable[Any],
+    load: Callable[[Any], Run],
+    out: Path,
+    command: str,
+    wandb_log: bool,
+    next_command: str,
+) -> None:
     """Compare the runs that `load` makes of the sources, write the report into `out` and print the verdicts.
 
-    Raises UserError if fewer than two runs can be compared, or if the report cannot be written.
+    next_command: that would give a verdict, if there are too few pairs. Raises UserError if fewer than two runs can be
+    compared, or if the report cannot be written.
     """
     runs, unusable = load_runs(sources, load)
     left_out = [str(e) for e in unusable]
@@ -126,13 +154,18 @@ def write_report(sources: Iterable[Any], load: Callable[[Any], Run], out: Path, 
         raise UserError("; ".join(left_out) or "a comparison needs at least two runs, and there is one")
     arms, differing, left_out_of_arms = group_into_arms(runs)
     lost = lost_seeds(unusable, arms)
-    comparison = report.compare(arms, differing, left_out + left_out_of_arms, lost, command, out)
+    out, note = report.folder_for(out, arms)
+    comparison = report.compare(arms, differing, left_out + left_out_of_arms, lost, command, out, next_command)
     figures = report.write(out, comparison)
     if wandb_log:
         wandb_runs.log(out, comparison, figures)
     print("\n".join([conclusion(comparison.analysis), *(f"- {sentence}" for sentence in comparison.sentences)]))
+    if not comparison.analysis.primary:
+        print("\n".join(measures_by_arm(arms).as_lines()))
     for reason in comparison.left_out:
         print(f"left out: {reason}")
+    if note is not None:
+        print(note)
     print(f"the report is {out / 'report.html'} (and report.md); its numbers are in {out / 'comparison.json'}")
 
 

@@ -17,6 +17,10 @@ from comparison.statistics import MAX_PAIRS, MIN_PAIRS, POWER, Contrast, contras
 PRIMARY = "mean validation loss of the last quarter"
 FIRST, SECOND = ("on", "off"), ("on", "shuffled")  # tested contrasts of the primary outcome, in this order
 OTHERS = (("shuffled", "off"), ("load", "off"))  # contrasts that are only described
+CHANCE = (
+    "runs with nearly the same routing diverge by chance and end 0.01 to 0.02 nats apart (seen with config/study.py "
+    "and vertical_slice.py)"
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class Analysis:
     mixed_pairs: list[str]  # a reason for each pair that is left out
     rounding: list[str]  # a warning for each two arms that ran on different machines
     lost: dict[str, set[str]]  # seeds of the runs that cannot be used, by arm
+    single: dict[tuple[str, str], tuple[int, float]]  # (seed, difference in loss) of contrasts with one pair only
 
     @property
     def warnings(self) -> list[str]:
@@ -114,6 +119,7 @@ def analyse(arms: Arms, lost: dict[str, set[str]] | None = None) -> Analysis:
     """All contrasts whose arms exist and have at least two pairs. lost: as in Analysis."""
     primary, others, check = outcomes([run for members in arms.values() for run in members.values()])
     mixed: list[str] = []
+    single: dict[tuple[str, str], tuple[int, float]] = {}
     differ = {(a, b): confounders(arms, a, b) for a, b in (FIRST, SECOND, *OTHERS) if a in arms and b in arms}
 
     def rows(outcome: Outcome, contrasts: tuple[tuple[str, str], ...]) -> list[Row]:
@@ -125,6 +131,8 @@ def analyse(arms: Arms, lost: dict[str, set[str]] | None = None) -> Analysis:
         all_differences = {x.seed: outcome.of(x) - outcome.of(y) for x, y in good}
         finite = {seed: difference for seed, difference in all_differences.items() if math.isfinite(difference)}
         if len(finite) < 2:
+            if finite and outcome is primary:
+                single[a, b] = next(iter(finite.items()))
             return None
         margin = margin_of(arms, a, b) if outcome is primary else None
         return Row(outcome, a, b, finite, contrast(list(finite.values()), margin), differ[a, b])
@@ -133,7 +141,7 @@ def analyse(arms: Arms, lost: dict[str, set[str]] | None = None) -> Analysis:
     described += [r for outcome in others for r in rows(outcome, (FIRST, SECOND))]
     rounding = [line for a, b in differ if (line := machine_difference(arms, a, b))]
     tested = rows(primary, (FIRST, SECOND))
-    return Analysis(tested, described, rows(check, (FIRST, SECOND)), mixed, rounding, lost or {})
+    return Analysis(tested, described, rows(check, (FIRST, SECOND)), mixed, rounding, lost or {}, single)
 
 
 def why_no_verdict(analysis: Analysis, arms: tuple[str, str]) -> str | None:
@@ -141,6 +149,8 @@ def why_no_verdict(analysis: Analysis, arms: tuple[str, str]) -> str | None:
     r = analysis.row(arms)
     if any(analysis.lost.get(arm) for arm in arms):
         return "; ".join(analysis.lost_runs(arm) for arm in arms if analysis.lost.get(arm))
+    if r is None and arms in analysis.single:
+        return f"one pair of runs is no evidence: {CHANCE}; a verdict needs {MIN_PAIRS} pairs"
     if r is None:
         return f"there are fewer than two pairs of runs of '{arms[0]}' and '{arms[1]}' that can be compared"
     if r.confounders:
@@ -172,6 +182,12 @@ def verdict(analysis: Analysis, r: Row) -> str:
             f"p = {c.p_equivalence:.3g}, 90% interval {number(c.inner_low)} to {number(c.inner_high)}."
         )
     return f"{what}. Undecided ({p}): {what_would_decide(c)}."
+
+
+def single_pair(analysis: Analysis, a: str, b: str) -> str:
+    """The difference of the only pair of two arms, in words."""
+    seed, difference = analysis.single[a, b]
+    return f"{a} against {b}: the {PRIMARY} differs by {number(difference)} nats in one pair (seed {seed})."
 
 
 def number(value: float) -> str:

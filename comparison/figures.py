@@ -1,155 +1,313 @@
-"""The figures of the report. Each function returns a matplotlib figure, or None if no run has the metric."""
+"""The figures of the report as Vega-Lite charts. Each function returns None if no run has the metric.
+
+The page draws them with the colour of its text (`ON_PAGE`); a PNG has a white ground (`ON_WHITE`).
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
-import numpy as np
-from matplotlib.figure import Figure
+import altair as alt
+import vl_convert
 
 from comparison.analysis import Row
 from comparison.probe import Probe
-from comparison.runs import Arms, Run
+from comparison.runs import Arms, Run, pairs
 
-COLOURS = {"off": "#8c8c8c", "on": "#2f7fc1", "shuffled": "#e07b1a", "load": "#3a9a4b"}
-INK = "#808080"  # readable on white and on black
+COLOURS = {"off": "#808080", "on": "#2f7fc1", "shuffled": "#c9650b", "load": "#2f8f43", "custom": "#9a5fc0"}
+MAX_POINTS = 200, 24_000  # of one line, of one figure
+WIDTH = 620  # of a PNG without its axis labels, in CSS pixels
 
-matplotlib.rcParams.update(
-    {
-        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
-        **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
-        **{"svg.fonttype": "none", "svg.hashsalt": "comparison", "font.size": 10, "font.family": "sans-serif"},
+# parameters of the curves, which the page's controls set
+SHOWN_ARMS, SHOWN_SEED, SHOWN_VALUE = "arms", "seed", "show"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Charts with one title and caption. The page puts them side by side where there is room."""
+
+    title: str
+    caption: str
+    panels: list[Any]
+    columns: int = 1  # of the PNG
+    has_controls: bool = False  # whether the page's controls change it
+
+
+def config(ink: str, font: str) -> dict[str, Any]:
+    """Vega-Lite's configuration for a colour of text and axes."""
+    text = {"labelColor": ink, "titleColor": ink, "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal"}
+    axis = {"domain": False, "grid": True, "gridColor": ink, "gridOpacity": 0.15, "tickColor": ink, "tickOpacity": 0.4}
+    return {
+        "background": None,
+        "font": font,
+        "view": {"stroke": None},
+        "axis": text | axis,
+        "axisBand": {"grid": False, "ticks": False},
+        "legend": text | {"orient": "top", "title": None, "symbolOpacity": 1, "symbolStrokeWidth": 3},
+        "title": {"anchor": "start", "color": ink, "fontSize": 13, "fontWeight": "normal", "offset": 8},
+        "range": {"category": ["#2f7fc1", "#c9650b", "#2f8f43", "#9a5fc0", "#b5476b", "#6f7d1c", "#0d8a8a", "#8a6d3b"]},
     }
-)
 
 
-def subplots(rows: int = 1, columns: int = 1, height: float = 3.2, **options):
-    """Subplots that are legible on the screen of a phone; height: of a row, in inches."""
-    return plt.subplots(rows, columns, figsize=(5.0, height * rows), layout="constrained", **options)
+ON_PAGE = config("currentColor", "system-ui, sans-serif")
+ON_WHITE = config("#333333", "sans-serif") | {"background": "white", "padding": 12}
 
 
-def curves(arms: Arms, name: str, label: str, skip: int = 0, log: bool = False, **limits) -> Figure | None:
-    """A metric by arm against the step: the mean over seeds, and a band from the lowest to the highest seed.
+def specifications(figure: Figure) -> list[dict[str, Any]]:
+    """The Vega-Lite specification of each panel, as wide as the element that holds it."""
+    fit = {"autosize": {"type": "fit-x", "contains": "padding"}, "config": ON_PAGE}
+    return [panel.properties(width="container").to_dict() | fit for panel in figure.panels]
 
-    name: the mean over layers is drawn; see `Run.values`. skip: first step that is drawn.
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG with all of its panels."""
+    width = WIDTH if figure.columns == 1 else (WIDTH - 70) // figure.columns
+    panels = [panel.properties(width=width) for panel in figure.panels]
+    chart = panels[0]
+    if len(panels) > 1:
+        chart = alt.concat(*panels, columns=figure.columns).resolve_scale(color="independent")
+    return vl_convert.vegalite_to_png(chart.to_dict() | {"config": ON_WHITE}, scale=2)
+
+
+def thinned(steps: list[int], values: list[list[float]], lines: int) -> tuple[list[int], list[list[float]]]:
+    """At most as many points as a figure of this number of lines may have, the last one included; rounded values."""
+    most = max(2, min(MAX_POINTS[0], MAX_POINTS[1] // max(1, lines)))
+    every = math.ceil(len(steps) / most)
+    kept = slice((len(steps) - 1) % every if steps else 0, None, every)
+    return steps[kept], [[None if v is None else float(f"{v:.5g}") for v in series[kept]] for series in values]
+
+
+def _chart(rows: list[dict[str, Any]]) -> alt.Chart:
+    return alt.Chart(alt.InlineData(values=rows))
+
+
+def _step(**options: Any) -> alt.X:
+    return alt.X("step:Q", title="step", axis=alt.Axis(tickCount=5, grid=False), scale=alt.Scale(nice=False), **options)
+
+
+def _by_arm(arms: list[str], **options: Any) -> alt.Color:
+    shown = [arm for arm in COLOURS if arm in arms]
+    return alt.Color("arm:N", scale=alt.Scale(domain=shown, range=[COLOURS[arm] for arm in shown]), **options)
+
+
+def curves(
+    arms: Arms,
+    name: str,
+    label: str,
+    reference: str | None = "off",
+    skip: int = 0,
+    spec: str = ".4f",
+    domain: tuple[float, float] | None = None,
+) -> alt.LayerChart | None:
+    """A metric against the step by arm: a thin line per seed, a thick line for their mean.
+
+    name: the mean over layers is drawn; see `Run.values`. reference: the arm whose run with the same seed is
+    subtracted; None: the values are drawn. skip: first step that is drawn. spec: format of the values. domain: of the
+    axis of values.
     """
-    figure, axis = subplots()
-    for arm, members in arms.items():
-        found = [run.values(name) for run in members.values()]
-        seeds = [{step: sum(values) / len(values) for step, values in of_run.items()} for of_run in found if of_run]
-        steps = [step for step in sorted(set.intersection(*map(set, seeds))) if step >= skip] if seeds else []
-        if not steps:
-            continue
-        values = np.array([[of_seed[step] for step in steps] for of_seed in seeds])
-        if log and not (values > 0).any():
-            continue
-        axis.plot(steps, values.mean(0), color=COLOURS.get(arm), label=f"{arm} ({len(seeds)} seeds)")
-        axis.fill_between(steps, values.min(0), values.max(0), color=COLOURS.get(arm), alpha=0.18, linewidth=0)
-    if not axis.lines:
-        plt.close(figure)
-        return None
-    axis.set(xlabel="step", ylabel=label, yscale="log" if log else "linear", **limits)
-    axis.legend(fontsize=9)
-    return figure
-
-
-def differences(rows: list[Row]) -> Figure:
-    """Differences of the pairs in the primary outcome, their mean, 95% interval and margin; one column per contrast."""
-    figure, axis = subplots()
-    for column, r in enumerate(rows):
-        values = list(r.differences.values())
-        axis.plot(column + np.linspace(-0.12, 0.12, len(values)), values, "o", color=COLOURS["on"], alpha=0.7)
-        c = r.contrast
-        bar = [[c.mean - c.low], [c.high - c.mean]] if c.is_enough else None
-        axis.errorbar(column + 0.25, c.mean, bar, fmt="s", color=INK, capsize=4)
-        if c.margin is not None:
-            axis.fill_between([column - 0.4, column + 0.4], -c.margin, c.margin, color=INK, alpha=0.12, linewidth=0)
-    axis.axhline(0, color=INK, linewidth=1, linestyle=":")
-    axis.set_xticks(range(len(rows)), [f"{r.a} - {r.b}" for r in rows])
-    axis.set(xlim=(-0.5, len(rows) - 0.5), ylabel=f"difference in loss, {rows[0].outcome.unit}")
-    return figure
-
-
-def experts(runs: dict[str, Run], metric: str, label: str) -> Figure | None:
-    """A metric of every expert against the step, one panel per arm, one colour per layer."""
-    found = {arm: run.by_expert(metric) for arm, run in runs.items()}
-    found = {arm: table for arm, table in found.items() if table}
+    found = {
+        (arm, seed): means
+        for arm, members in arms.items()
+        for seed, run in members.items()
+        if (means := {step: sum(v) / len(v) for step, v in run.values(name).items() if step >= skip})
+    }
     if not found:
         return None
-    figure, axes = subplots(math.ceil(len(found) / 2), 2, height=2.4, squeeze=False, sharex=True)
-    for axis in axes.flat[len(found) :]:
-        axis.set_axis_off()
-    for axis, (arm, table) in zip(axes.flat, found.items()):
-        layers = sorted({layer for layer, _ in table})
-        for (layer, _), (steps, values) in table.items():
-            axis.plot(steps, values, color=f"C{layers.index(layer)}", linewidth=0.9, alpha=0.8)
-        axis.set_title(arm)
-    figure.supxlabel("step", fontsize=10, color=INK)
-    figure.supylabel(label, fontsize=10, color=INK)
-    colours = [plt.Line2D([], [], color=f"C{i}", label=f"L{layer}") for i, layer in enumerate(layers)]
-    axes.flat[0].legend(handles=colours, fontsize=8)
-    return figure
+    partners = {}
+    if reference in arms:
+        for arm in arms:
+            partners |= {(arm, x.seed): found.get((reference, x.seed)) for x, _ in pairs(arms, arm, reference)[0]}
+    rows = []
+    for (arm, seed), means in sorted(found.items(), key=lambda item: [*COLOURS].index(item[0][0])):
+        partner = partners.get((arm, seed)) or {}
+        steps = sorted(means)
+        difference = [means[step] - partner[step] if step in partner else None for step in steps]
+        steps, (values, difference) = thinned(steps, [[means[step] for step in steps], difference], len(found))
+        rows.append({"arm": arm, "seed": str(seed), "step": steps, "value": values, "difference": difference})
+    shown = list(dict.fromkeys(row["arm"] for row in rows))
+    if reference is None:
+        title, y, params, sign = label, "datum.value", [], "''"
+    else:
+        is_difference = f"{SHOWN_VALUE} == 'difference'"
+        title = alt.expr(f"{is_difference} ? {f'{label}: difference to {reference}'!r} : {label!r}")
+        y, params = f"{is_difference} ? datum.difference : datum.value", [alt.param(SHOWN_VALUE, value="difference")]
+        sign = f"({is_difference} ? '+' : '')"
+    base = (
+        _chart(rows)
+        .transform_filter(f"indexof({SHOWN_ARMS}, datum.arm) >= 0")
+        .transform_filter(f"{SHOWN_SEED} == 'all' || datum.seed == {SHOWN_SEED}")
+        .transform_flatten(["step", "value", "difference"])
+        .transform_calculate(y=y)
+        .transform_filter("isValid(datum.y)")
+    )
+    scale = alt.Scale(zero=False) if domain is None else alt.Scale(domain=domain)
+    y_axis, colour = alt.Y("y:Q", title=None, scale=scale), _by_arm(shown)
+    thin = base.mark_line(strokeWidth=1, opacity=0.35).encode(_step(), y_axis, colour, alt.Detail("seed:N"))
+    mean = base.mark_line(strokeWidth=2.5).encode(_step(), alt.Y("mean(y):Q", title=None, scale=scale), colour)
+    hover = alt.selection_point(on="pointerover", clear="pointerout", fields=["step"], empty=False)
+    gaps = max(1, max(len(row["step"]) for row in rows) - 1)
+    texts = {
+        f"text_{arm}": f"isValid(datum['{arm}']) ? format(datum['{arm}'], {sign} + '{spec}') : '-'" for arm in shown
+    }
+    rule = (
+        base.transform_pivot("arm", value="y", groupby=["step"], op="mean")
+        .transform_calculate(**texts)
+        .mark_rule(color="currentColor", strokeWidth=alt.expr(f"width / {gaps}"))  # a band per step, for the pointer
+        .encode(
+            _step(),
+            opacity=alt.condition(hover, alt.value(0.15), alt.value(0)),
+            tooltip=[alt.Tooltip("step:Q"), *(alt.Tooltip(f"text_{arm}:N", title=arm) for arm in shown)],
+        )
+        .add_params(hover)
+    )
+    params += [alt.param(SHOWN_ARMS, value=shown), alt.param(SHOWN_SEED, value="all")]
+    return alt.layer(thin, mean, rule).add_params(*params).properties(height=240, title=alt.TitleParams(text=title))
 
 
-def heatmaps(runs: dict[str, Run], metric: str, label: str) -> Figure | None:
-    """The last value of a metric by layer and expert, one panel per arm."""
-    tables = {}
-    for arm, run in runs.items():
-        last = {key: values[-1] for key, (_, values) in run.by_expert(metric).items()}
-        if last:
-            layers, columns = sorted({layer for layer, _ in last}), sorted({e for _, e in last})
-            tables[arm] = layers, np.array([[last.get((layer, e), np.nan) for e in columns] for layer in layers])
+def differences(rows: list[Row]) -> alt.LayerChart:
+    """Differences of the pairs in the primary outcome, one line per contrast: pairs, mean, 95% interval, margin."""
+    names = [f"{r.a} - {r.b}" for r in rows]
+    dots = [
+        {"contrast": name, "seed": seed, "difference": difference}
+        for name, r in zip(names, rows)
+        for seed, difference in r.differences.items()
+    ]
+    bars = [
+        {"contrast": name, "mean": r.contrast.mean}
+        | ({"low": r.contrast.low, "high": r.contrast.high} if r.contrast.is_enough else {})
+        | ({"margin": r.contrast.margin, "minus": -r.contrast.margin} if r.contrast.margin is not None else {})
+        for name, r in zip(names, rows)
+    ]
+    y = alt.Y("contrast:N", sort=names, title=None)
+
+    def x(field: str) -> alt.X:
+        return alt.X(f"{field}:Q", title=f"difference in loss, {rows[0].outcome.unit}", axis=alt.Axis(tickCount=5))
+
+    numbers = [alt.Tooltip(f"{field}:Q", format="+.4f") for field in ("mean", "low", "high")]
+    layers = []
+    if any("margin" in bar for bar in bars):
+        band = _chart([bar for bar in bars if "margin" in bar]).mark_rect(color="currentColor", opacity=0.1)
+        layers.append(band.encode(x("minus"), alt.X2("margin"), y))
+    layers.append(_chart([{"zero": 0}]).mark_rule(color="currentColor", opacity=0.5).encode(x("zero")))
+    if any("low" in bar for bar in bars):
+        interval = _chart([bar for bar in bars if "low" in bar]).mark_rule(color=COLOURS["on"], strokeWidth=14)
+        layers.append(interval.encode(x("low"), alt.X2("high"), y, opacity=alt.value(0.35), tooltip=numbers))
+    tick = _chart(bars).mark_tick(color="currentColor", thickness=3, size=26)
+    layers.append(tick.encode(x("mean"), y, tooltip=numbers[:1]))
+    tooltip = [alt.Tooltip("seed:O"), alt.Tooltip("difference:Q", format="+.4f")]
+    points = _chart(dots).mark_circle(color=COLOURS["on"], size=55, opacity=0.9)
+    layers.append(points.encode(x("difference"), y, tooltip=tooltip))
+    return alt.layer(*layers).properties(height=alt.Step(52))
+
+
+def experts(runs: dict[str, Run], metric: str, label: str, one_scale: bool) -> list[alt.LayerChart] | None:
+    """A metric of every expert against the step, one panel per arm, one colour per layer.
+
+    one_scale: the panels have the same axis of values.
+    """
+    tables = {arm: run.by_expert(metric) for arm, run in runs.items()}
+    tables = {arm: table for arm, table in tables.items() if table}
     if not tables:
         return None
-    height = 0.6 + 0.3 * max(len(layers) for layers, _ in tables.values())
-    figure, axes = subplots(len(tables), 1, height=height, squeeze=False, sharex=True)
-    for axis, (arm, (layers, table)) in zip(axes.flat, tables.items()):
-        limit = np.nanmax(abs(table)) or 1.0  # per arm: betas of two arms may differ by orders of magnitude
-        image = axis.imshow(table, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
-        axis.set_yticks(range(len(layers)), [f"L{layer}" for layer in layers])
-        axis.set_title(arm)
-        figure.colorbar(image, ax=axis, label=label)
-    axes.flat[-1].set_xlabel("expert")
-    return figure
+    count = sum(map(len, tables.values()))
+    every = [v for table in tables.values() for _, values in table.values() for v in values]
+    domain = alt.Scale(domain=[min(every), max(every)], nice=True) if one_scale else alt.Scale(zero=False)
+    layers = [f"L{layer}" for layer in sorted({layer for table in tables.values() for layer, _ in table})]
+    panels = []
+    for arm, table in tables.items():
+        rows = []
+        for (layer, expert), (steps, values) in table.items():
+            kept, (thin,) = thinned(steps, [values], count)
+            last = float(f"{values[-1]:.4g}")
+            rows.append({"layer": f"L{layer}", "expert": expert, "step": kept, label: thin, "last": last})
+        y = alt.Y(f"{label}:Q", title=None, scale=domain)
+        scale = alt.Scale(domain=layers) if len(layers) <= 8 else alt.Scale(domain=layers, scheme="turbo")
+        base = _chart(rows).transform_flatten(["step", label])
+        lines = base.mark_line(strokeWidth=1.3).encode(
+            _step(), y, alt.Color("layer:N", scale=scale), alt.Detail("expert:N")
+        )
+        tooltip = [
+            alt.Tooltip("layer:N"),
+            alt.Tooltip("expert:O"),
+            alt.Tooltip("last:Q", title=f"{label} at the end"),
+        ]
+        wide = base.mark_line(strokeWidth=9, opacity=0).encode(_step(), y, alt.Detail(["layer:N", "expert:N"]))
+        title = f"{arm}: {label}"
+        panels.append(alt.layer(lines, wide.encode(tooltip=tooltip)).properties(height=190, title=title))
+    return panels
 
 
-def proposals(runs: dict[str, Run]) -> Figure | None:
-    """The steps during which each expert was proposed for pruning, as bars; None if none was."""
-    bars = [(arm, *bar) for arm, run in runs.items() for bar in open_times(run)]
-    if not bars:
+def heatmap(runs: dict[str, Run], metric: str, label: str, is_signed: bool) -> alt.LayerChart | None:
+    """The last value of a metric by layer and expert, a row per arm and layer, with one scale for all arms.
+
+    is_signed: the colours diverge from 0.
+    """
+    rows = [
+        {"row": f"{arm} L{layer}", "expert": expert, "value": values[-1]}
+        for arm, run in runs.items()
+        for (layer, expert), (_, values) in run.by_expert(metric).items()
+    ]
+    if not rows:
         return None
-    names = sorted({f"{arm} {expert}" for arm, expert, *_ in bars}, reverse=True)
-    figure, axis = subplots(height=max(1.6, 0.22 * len(names) + 1))
-    for arm, expert, reason, start, end in bars:
-        hatch = "///" if reason == "low_observability" else None
-        axis.barh(f"{arm} {expert}", end - start, left=start, color=COLOURS.get(arm), height=0.6, hatch=hatch)
-    axis.set(xlabel="step; hatched: low observability, plain: low coherence")
-    axis.set_yticks(names)
-    return figure
-
-
-def probe(probes: dict[str, list[Probe]]) -> Figure:
-    """The effect of beta against top_k: loss difference, share of the set changed, gate mass moved."""
-    figure, axes = subplots(3, 1, height=2.2, sharex=True)
-    panels = (
-        ("loss_difference", "loss difference"),
-        ("set_changed", "set changed"),
-        ("gate_mass_moved", "gate mass moved"),
+    largest = max(abs(row["value"]) for row in rows)
+    unit = 10.0 ** math.floor(math.log10(largest)) if 0 < largest < 0.01 else 1.0
+    digits = 2 if not is_signed else 3 if unit == 1 else 1
+    for row in rows:
+        row["cell"] = f"{round(row['value'] / unit, digits) + 0.0:.{digits}f}"  # 0.0: no -0.000
+    count, characters = len({row["expert"] for row in rows}), max(len(row["cell"]) for row in rows)
+    limit = largest or 1.0
+    diverging = alt.Scale(scheme="redblue", reverse=True, domain=[-limit, limit])
+    scale = diverging if is_signed else alt.Scale(scheme="viridis")
+    colour = alt.Color("value:Q", scale=scale, legend=None)
+    base = _chart(rows).encode(
+        alt.X("expert:O", title="expert", axis=alt.Axis(labelAngle=0, labelOverlap=True)),
+        alt.Y("row:N", title=None, sort=None),
+        tooltip=[alt.Tooltip("row:N", title="layer"), "expert:O", alt.Tooltip("value:Q", title=label, format=".4g")],
     )
-    for axis, (field, label) in zip(axes, panels):
-        for arm, found in probes.items():
-            values = [getattr(p, field) for p in found]
-            axis.plot([p.top_k for p in found], values, "o-", color=COLOURS.get(arm), label=arm)
-        axis.set_ylabel(label, fontsize=9)
-        axis.axhline(0, color=INK, linewidth=0.8, linestyle=":")
-    axes[-1].set_xlabel("top_k")
-    axes[0].legend(fontsize=9)
-    return figure
+    # black or white, whichever has the higher contrast with the cell
+    ink = alt.expr("luminance(scale('color', datum.value)) > 0.179 ? 'black' : 'white'")
+    size = f"min(12, width / {count} / {0.62 * characters})"  # fits the cell; not drawn if too small to read
+    text = base.mark_text(fill=ink, fontSize=alt.expr(size), opacity=alt.expr(f"{size} < 7 ? 0 : 1"))
+    title = label if unit == 1 else f"{label}, in units of {unit:g}"
+    return alt.layer(base.mark_rect().encode(colour), text.encode(text="cell:N")).properties(
+        height=alt.Step(26), title=title
+    )
+
+
+def proposals(runs: dict[str, Run]) -> alt.Chart | None:
+    """The steps during which each expert was proposed for pruning, as bars; None if none was."""
+    rows = [
+        {"expert": f"{arm} {expert}", "reason": reason.replace("_", " "), "step": start, "end": end}
+        for arm, run in runs.items()
+        for expert, reason, start, end in open_times(run)
+    ]
+    if not rows:
+        return None
+    tooltip = ["expert:N", "reason:N", alt.Tooltip("step:Q", title="from"), alt.Tooltip("end:Q", title="to")]
+    bars = _chart(rows).mark_bar(opacity=0.8).encode(_step(), alt.X2("end"), tooltip=tooltip)
+    return bars.encode(alt.Y("expert:N", title=None), alt.Color("reason:N")).properties(height=alt.Step(20))
+
+
+def probe(probes: dict[str, list[Probe]]) -> list[alt.Chart]:
+    """The effect of beta against top_k: loss difference, share of the set changed, gate mass moved."""
+    labels = {
+        "loss_difference": "loss with beta - loss without, nats",
+        "set_changed": "share of the top-K set changed",
+        "gate_mass_moved": "gate mass moved",
+    }
+    panels = []
+    for field, label in labels.items():
+        rows = [
+            {"arm": arm, "top_k": p.top_k, field: getattr(p, field)} for arm, found in probes.items() for p in found
+        ]
+        x = alt.X("top_k:O", axis=alt.Axis(labelAngle=0, labelOverlap=True))
+        tooltip = ["arm:N", "top_k:O", alt.Tooltip(f"{field}:Q", format="+.4g")]
+        lines = _chart(rows).mark_line(point=alt.OverlayMarkDef(size=50))
+        lines = lines.encode(x, alt.Y(f"{field}:Q", title=None), _by_arm([*probes]), tooltip=tooltip)
+        panels.append(lines.properties(height=150, title=label))
+    return panels
 
 
 def open_times(run: Run) -> list[tuple[str, str, int, int]]:

@@ -1,10 +1,12 @@
-"""Write report.html, report.md, comparison.json and the figures of a comparison."""
+"""Write report.html, report.md, comparison.json and the figures of a comparison.
+
+The page is one file that loads nothing: Vega-Lite's JavaScript and the figures' data are in it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
 import math
 import re
@@ -13,27 +15,37 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import matplotlib.pyplot as plt
-from matplotlib.figure import Figure
+import vl_convert
 
-from comparison import figures
+from comparison import figures, tables
 from comparison.analysis import (
     FIRST,
-    POWER_COLUMN,
+    PRIMARY,
     Analysis,
     Row,
     analyse,
     conclusion,
-    detectable,
+    single_pair,
     verdict,
-    why_no_verdict,
 )
+from comparison.figures import COLOURS, Figure
 from comparison.probe import Probe, probe
 from comparison.runs import Arms, Run, effective
+from comparison.tables import COLUMNS, DRIVERS, Table, cells, short_verdict
 from trainer.errors import UserError
 from trainer.files import atomic_write, parse_json, read_text
 
-COLUMNS = ["outcome", "contrast", "pairs", "mean difference", "95% interval", "p", "verdict", POWER_COLUMN]
+TESTED = (
+    "Each layer of these language models sends a token to a few of its experts; coherence is the cosine between an "
+    "expert's output and the output of its layer.",
+    "Beta is a slow bias on this routing that follows coherence, so that coherent experts are chosen more often; the "
+    "bridge weakens beta where it disagrees with the router.",
+    "Runs with beta are compared with runs of the same seed in which beta stays 0 (off), and with a placebo (shuffled) "
+    "in which the beta of each expert follows the coherence of another expert: if on is no better than the placebo, "
+    "coherence is not the cause.",
+)
+STUDY_COMMAND = "python compare.py config/study.py --seeds=8"
+FEW = "Intervals and tests need six pairs."
 NOTE = (
     "Only the validation loss has a verdict. This outcome, its contrasts and their order were fixed in advance. 'on' "
     "against 'off' is tested at 5%. 'on' against 'shuffled' is tested at 5%, only if the first contrast has an effect. "
@@ -60,6 +72,7 @@ class Comparison:
     probes: dict[str, list[Probe]]  # by arm, of one model per arm
     earlier: list[dict[str, Any]]  # studies of the earlier reports in the same folder; see `study`
     earlier_unknown: str | None = None  # why the earlier reports are not known
+    next_command: str = STUDY_COMMAND  # that would give a verdict, if there are too few pairs
 
     @property
     def rows(self) -> list[Row]:
@@ -68,8 +81,20 @@ class Comparison:
     @property
     def sentences(self) -> list[str]:
         """Warnings that concern the verdicts, then the verdicts in words, one per contrast."""
-        verdicts = [verdict(self.analysis, r) for r in self.analysis.primary]
-        return [*self.analysis.warnings, *self.changes, *verdicts]
+        verdicts = [single_pair(self.analysis, *arms) for arms in self.analysis.single]
+        verdicts += [verdict(self.analysis, r) for r in self.analysis.primary]
+        return [*self.analysis.warnings, *self.changes, *verdicts, *self.next_step]
+
+    @property
+    def next_step(self) -> list[str]:
+        """What gives a verdict, if there are too few pairs for one."""
+        row = self.analysis.row(FIRST)
+        return [] if row is not None and row.contrast.is_enough else [f"For a verdict: {self.next_command}"]
+
+    @property
+    def is_tested(self) -> bool:
+        """Whether any contrast has enough pairs for intervals and tests."""
+        return any(r.contrast.is_enough for r in self.rows)
 
     @property
     def changes(self) -> list[str]:
@@ -98,12 +123,8 @@ class Comparison:
         row = self.analysis.row(FIRST)
         if row is None:
             return None
-        runs = [next(iter(self.arms[arm].values())) for arm in FIRST]
-        settings = [
-            {k: v for k, v in effective(run.config).items() if k not in ("max_iters", "margin")} for run in runs
-        ]
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-        return {"date": str(date.today()), "study": digest, "seeds": sorted(row.differences), "steps": runs[0].steps}
+        digest, steps = study_digest(self.arms), next(iter(self.arms[FIRST[0]].values())).steps
+        return {"date": str(date.today()), "study": digest, "seeds": sorted(row.differences), "steps": steps}
 
     @property
     def shown(self) -> dict[str, Run]:
@@ -120,12 +141,16 @@ def compare(
     lost: dict[str, set[str]],
     command: str,
     out: Path,
+    next_command: str = STUDY_COMMAND,
 ) -> Comparison:
     """Analyse the arms, and probe one trained model of each arm that has a beta.
 
-    lost: seeds of runs that cannot be used, by arm. out: folder of the report.
+    lost: seeds of runs that cannot be used, by arm. out: folder of the report. next_command: see Comparison.
     """
-    comparison = Comparison(arms, differing, list(left_out), command, analyse(arms, lost), {}, *earlier_studies(out))
+    earlier = earlier_studies(out)
+    comparison = Comparison(
+        arms, differing, list(left_out), command, analyse(arms, lost), {}, *earlier, next_command=next_command
+    )
     for arm, run in comparison.shown.items():
         if run.config.get("chrono_beta"):
             try:
@@ -133,6 +158,47 @@ def compare(
             except UserError as e:
                 comparison.left_out.append(f"constraint probe of {arm} ({run.name}): {e}")
     return comparison
+
+
+def study_digest(arms: Arms) -> str | None:
+    """A digest of the settings of the first contrast's arms, except margin and steps; None without these arms."""
+    if not all(arms.get(arm) for arm in FIRST):
+        return None
+    runs = [next(iter(arms[arm].values())) for arm in FIRST]
+    settings = [{k: v for k, v in effective(run.config).items() if k not in ("max_iters", "margin")} for run in runs]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def folder_for(out: Path, arms: Arms) -> tuple[Path, str | None]:
+    """The folder for a report on these runs, and a line for the user unless it is `out` and replaces no other report.
+
+    A report on other runs of another study is kept: the folder is then `out` with a number.
+    """
+    folder, number, note = out, 1, None
+    while True:
+        try:
+            before = parse_json(read_text(folder / "comparison.json"))
+            curves = {
+                (arm, int(seed)): curve for arm, of in before["validation_loss"].items() for seed, curve in of.items()
+            }
+            same = [key for key, curve in curves.items() if _is_same(arms.get(key[0], {}).get(key[1]), curve)]
+            studies, when = [look["study"] for look in before["looks"]], before["date"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return folder, note  # no report, or a damaged one; see earlier_studies
+        if same or study_digest(arms) in studies:
+            if len(same) < len(curves):
+                note = f"the report of {when} on {len(curves)} runs in {folder} is replaced"
+            return folder, note
+        number += 1
+        folder = out.with_name(f"{out.name}_{number}")
+        note = f"{out} has the report of other runs, so this one is in {folder}"
+
+
+def _is_same(run: Run | None, curve: dict[str, float]) -> bool:
+    """Whether an earlier report has this run: their validation losses agree at the last step that both have."""
+    losses = {} if run is None else dict(zip(*run.series("val/loss")))
+    common = [int(step) for step in curve if int(step) in losses]
+    return bool(common) and losses[max(common)] == curve[str(max(common))]
 
 
 def earlier_studies(out: Path) -> tuple[list[dict[str, Any]], str | None]:
@@ -159,97 +225,121 @@ def write(out: Path, comparison: Comparison) -> dict[str, Path]:
     """
     try:
         (out / "figures").mkdir(parents=True, exist_ok=True)
-        drawn = []
-        for title, caption, figure in draw(comparison):
-            name = f"figures/{re.sub('[^a-z]+', '_', title.lower())}.png"
-            figure.savefig(out / name, dpi=130, facecolor="white")
-            drawn.append((title, caption, name, as_svg(figure)))
-            plt.close(figure)
+        drawn = [
+            (f, f"figures/{re.sub('[^a-z]+', '_', f.title.lower())}.png", figures.png(f)) for f in draw(comparison)
+        ]
         for name, content in (
-            ("report.html", as_html(comparison, [(title, caption, svg) for title, caption, _, svg in drawn])),
-            ("report.md", as_markdown(comparison, [(title, caption, name) for title, caption, name, _ in drawn])),
-            ("comparison.json", json.dumps(as_json(comparison), indent=1) + "\n"),
+            *((name, image) for _, name, image in drawn),
+            ("report.html", as_html(comparison, [figure for figure, *_ in drawn]).encode()),
+            ("report.md", as_markdown(comparison, [(figure, name) for figure, name, _ in drawn]).encode()),
+            ("comparison.json", (json.dumps(as_json(comparison), indent=1) + "\n").encode()),
         ):
             with atomic_write(out / name) as f:
-                f.write(content.encode())
-        return {title: out / name for title, _, name, _ in drawn}
+                f.write(content)
+        return {figure.title: out / name for figure, name, _ in drawn}
     except OSError as e:
         raise UserError(f"cannot write the report to {out}: {e.strerror}") from None
 
 
-def draw(c: Comparison) -> list[tuple[str, str, Figure]]:
-    """(title, caption, figure) of every figure that the runs have data for."""
+def draw(c: Comparison) -> list[Figure]:
+    """The figures that the runs have data for."""
     start = next(iter(c.shown.values())).steps // 10
-    band = "Mean over seeds; the band reaches from the lowest to the highest seed."
     seeds = {run.seed for run in c.shown.values()}
     one = f"Seed {min(seeds)} of each arm." if len(seeds) == 1 else "One run of each arm."
+    lines = "Thin lines: seeds. Thick lines: their mean."
+    pairs_of_loss = [r for r in c.rows if r.outcome.name == PRIMARY]
+    with_beta = {arm: run for arm, run in c.shown.items() if run.config.get("chrono_beta")}
+    arms_with_beta = {arm: c.arms[arm] for arm in with_beta}
+
+    def curve(title: str, caption: str, *args: Any, **options: Any) -> tuple[Any, ...]:
+        chart = figures.curves(*args, **options)
+        return title, f"{caption} {lines}".strip(), None if chart is None else [chart], 1, True
+
+    def single(title: str, caption: str, chart: Any) -> tuple[Any, ...]:
+        return title, caption, None if chart is None else [chart]
+
     found = [
-        ("Paired differences", "Each dot is one seed. Square and bar: mean and 95% interval. Shaded: the margin.",
-         figures.differences(c.analysis.primary) if c.analysis.primary else None),
-        ("Validation loss", f"{band} The first tenth of the steps is left out.",
-         figures.curves(c.arms, "val/loss", "validation loss, nats per token", skip=start)),
-        ("Disagreement", f"JS divergence of clean and applied routing. {band}",
-         figures.curves(c.arms, "js", "JS, nats", log=True)),
-        ("Relevance", f"Strength with which beta is applied. {band}",
-         figures.curves(c.arms, "relevance", "r", ylim=(-0.05, 1.05))),
-        ("Load", f"Coefficient of variation of the load over experts. {band}",
-         figures.curves(c.arms, "load_cv", "load CV")),
-        ("Layer coherence", f"Not an outcome, but a check that beta acts. {band}",
-         figures.curves(c.arms, "layer", "token-weighted mean phi_slow")),
-        ("Coherence of every expert", one, figures.experts(c.shown, "phi_slow", "phi_slow")),
-        ("Coherence at the end", one, figures.heatmaps(c.shown, "phi_slow", "phi_slow")),
-        ("Beta of every expert", one, figures.experts(c.shown, "beta", "beta")),
-        ("Beta at the end", one, figures.heatmaps(c.shown, "beta", "beta")),
-        ("Prune proposals", f"Proposals only: no expert was pruned. {one}", figures.proposals(c.shown)),
-        ("Constraint probe", "The trained model evaluated at other values of top_k, with its beta and with beta 0: "
-         f"difference in loss in nats, share of the top-K set changed, gate mass moved. {one}",
-         figures.probe(c.probes) if c.probes else None),
+        single("Paired differences", "A dot is a pair, that is one seed. Line and bar: mean and 95% interval. Grey: "
+               "the margin.", figures.differences(pairs_of_loss) if pairs_of_loss else None),
+        curve("Validation loss", "The first tenth of the steps is left out.", c.arms, "val/loss",
+              "validation loss, nats per token", skip=start),
+        curve("Load", "Coefficient of variation of the load over experts.", c.arms, "load_cv", "load CV"),
+        curve("Layer coherence", "Not an outcome: beta selects for it. It shows whether beta acts.", c.arms, "layer",
+              "token-weighted mean phi_slow"),
+        curve("Disagreement", "How far beta moves the routing.", arms_with_beta, "js",
+              "JS divergence of clean and applied routing, nats", reference=None, spec=".3g"),
+        curve("Relevance", "Strength of beta; the bridge lowers it where beta disagrees with the router.",
+              arms_with_beta, "relevance", "relevance r, 0 to 1", reference=None, domain=(0, 1.05)),
+        single("Coherence at the end", f"phi_slow by layer and expert. {one}",
+               figures.heatmap(c.shown, "phi_slow", "phi_slow", False)),
+        single("Beta at the end", f"By layer and expert, on one scale. {one}",
+               figures.heatmap(with_beta, "beta", "beta", True)),
+        ("Coherence of every expert", one, figures.experts(c.shown, "phi_slow", "phi_slow", True), 2),
+        ("Beta of every expert", f"Each panel has its own scale. {one}",
+         figures.experts(with_beta, "beta", "beta", False), 2),
+        single("Prune proposals", f"Proposals only: no expert was pruned. {one}", figures.proposals(c.shown)),
+        ("Constraint probe", f"The trained model at other values of top_k, with its beta and with beta 0. {one}",
+         figures.probe(c.probes) if c.probes else None, 3),
     ]  # fmt: skip
-    return [(title, caption, figure) for title, caption, figure in found if figure is not None]
+    return [Figure(*parts) for parts in found if parts[2]]
 
 
-def as_svg(figure: Figure) -> str:
-    """The figure as an <svg> element with a transparent background."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
-
-
-def as_html(c: Comparison, drawn: list[tuple[str, str, str]]) -> str:
+def as_html(c: Comparison, drawn: list[Figure]) -> str:
     template = (Path(__file__).parent / "report.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    first = next(iter(c.shown.values()))
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    script = (Path(__file__).parent / "report.js").read_text(encoding="utf-8")
+    specifications = {
+        f"chart{i}_{j}": specification
+        for i, figure in enumerate(drawn)
+        for j, specification in enumerate(figures.specifications(figure))
+    }
+    differ, shared = tables.settings(c.arms)
     return environment.from_string(template).render(
+        c=c,
         conclusion=conclusion(c.analysis),
-        verdicts=c.sentences,
-        counts=_counts(c),
-        steps=f"{first.steps:,}",
-        dataset=first.config["dataset"],
-        date=date.today(),
-        left_out=c.left_out,
-        differing=c.differing,
+        facts=_facts(c),
+        tested=TESTED,
+        drivers=DRIVERS,
+        colours=COLOURS,
+        arms=tables.by_arm(c.arms, c.analysis),
+        measures=tables.measures_by_arm(c.arms),
+        contrasts=contrasts(c),
+        note=NOTE if c.is_tested else FEW,
+        seeds=sorted(set().union(*c.arms.values())),
         figures=drawn,
-        note=NOTE,
-        columns=COLUMNS,
-        rows=[cells(c.analysis, r) for r in c.rows],
-        command=c.command,
+        differ=differ,
+        shared=shared,
+        made=tables.provenance(c.arms, c.command, str(date.today())),
+        # in a <script>, where only < could end it
+        specifications=json.dumps(specifications, separators=(",", ":")).replace("<", "\\u003c"),
+        script=vl_convert.javascript_bundle(script).replace("</script", "<\\/script"),
     )
 
 
-def as_markdown(c: Comparison, drawn: list[tuple[str, str, str]]) -> str:
-    first = next(iter(c.shown.values()))
+def as_markdown(c: Comparison, drawn: list[tuple[Figure, str]]) -> str:
+    differ, _ = tables.settings(c.arms)
     lines = ["# Beta on against beta off", "", f"**{conclusion(c.analysis)}**", ""]
     lines += [f"- {sentence}" for sentence in c.sentences]
-    lines += ["", f"{_counts(c)}; {first.steps:,} steps on {first.config['dataset']}. {date.today()}."]
+    lines += ["", _facts(c), "", " ".join(TESTED), ""]
+    lines += tables.by_arm(c.arms, c.analysis).as_markdown()
     if c.left_out:
         lines += ["", "Left out:", "", *(f"- {reason}" for reason in c.left_out)]
-    lines += ["", "Settings that differ between these runs:", ""]
-    lines += [f"- `{key}`: {', '.join(values)}" for key, values in c.differing.items()]
-    lines += ["", "## All contrasts", "", NOTE, "", _table(COLUMNS), _table(["---"] * len(COLUMNS))]
-    lines += [_table(cells(c.analysis, r)) for r in c.rows]
-    for title, caption, path in drawn:
-        lines += ["", f"## {title}", "", f"![{title}]({path})", "", caption]
-    return "\n".join([*lines, "", "## Command", "", f"    {c.command}"]) + "\n"
+    lines += ["", "## Losses and routing", "", *tables.measures_by_arm(c.arms).as_markdown()]
+    if c.rows:
+        lines += ["", "## All contrasts", "", NOTE if c.is_tested else FEW, "", *contrasts(c).as_markdown()]
+    for figure, path in drawn:
+        lines += ["", f"## {figure.title}", "", f"![{figure.title}]({path})", "", figure.caption]
+    if differ.rows:
+        lines += ["", "## Settings that differ", "", *differ.as_markdown()]
+    lines += ["", "## How it was made", "", *tables.provenance(c.arms, c.command, str(date.today())).as_markdown()]
+    return "\n".join(lines) + "\n"
+
+
+def contrasts(c: Comparison) -> Table:
+    """All contrasts, with their intervals and verdicts."""
+    return Table(COLUMNS, [cells(c.analysis, r) for r in c.rows])
 
 
 def as_json(c: Comparison) -> dict[str, Any]:
@@ -280,31 +370,19 @@ def as_json(c: Comparison) -> dict[str, Any]:
         "looks": [*c.earlier, *([study] if is_new else [])],
         "lost_looks": c.earlier_unknown,
         **{name: [row(r) for r in getattr(c.analysis, name)] for name in ("primary", "described", "check")},
+        "single_pairs": {" - ".join(arms): pair for arms, pair in c.analysis.single.items()},
+        "measures": tables.measures(c.arms),
         "probes": {arm: [dataclasses.asdict(p) for p in found] for arm, found in c.probes.items()},
         "validation_loss": losses,
     }
 
 
-def _counts(c: Comparison) -> str:
-    return "Runs: " + ", ".join(f"{arm} {len(members)}" for arm, members in c.arms.items())
-
-
-def short_verdict(analysis: Analysis, r: Row) -> str:
-    """'effect', 'no effect', 'undecided', or 'none' for a row without a verdict."""
-    if r not in analysis.primary or why_no_verdict(analysis, (r.a, r.b)) is not None:
-        return "none"
-    return "effect" if r.contrast.is_effect else "no effect" if r.contrast.is_equivalent else "undecided"
-
-
-def cells(analysis: Analysis, r: Row) -> list[str]:
-    """The cells of a row under COLUMNS."""
-    c, judged = r.contrast, short_verdict(analysis, r)
-    difference = f"{c.mean:+.4g} {r.outcome.unit}".strip()
-    interval = f"{c.low:+.4g} to {c.high:+.4g}" if c.is_enough else ""
-    p = "" if judged == "none" else f"{c.p:.3g}" if c.is_exact else f"{c.p:.3g} (sampled)"
-    note = "confounded" if r.confounders else judged if r in analysis.primary else ""
-    return [r.outcome.name, f"{r.a} - {r.b}", str(c.n), difference, interval, p, note, detectable(c)]
-
-
-def _table(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+def _facts(c: Comparison) -> str:
+    run = next(iter(c.shown.values()))
+    counts = ", ".join(f"{arm} {len(members)}" for arm, members in c.arms.items())
+    margin = run.config.get("margin")
+    declared = "" if margin is None else f" Margin, declared before the runs: {margin:g} nats."
+    return (
+        f"Runs: {counts}; {run.steps:,} steps on {Path(run.config['dataset']).name}. Losses are in nats per token, "
+        f"lower is better.{declared}"
+    )

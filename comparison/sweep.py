@@ -33,6 +33,7 @@ from trainer.settings import COMPARED
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 LOG = "train.log"
+LINE_SECONDS = 60  # between lines of progress where stdout is not a terminal
 
 
 @dataclass
@@ -45,6 +46,7 @@ class Job:
     arguments: list[str]  # the full command line of train.py
     steps: int
     log_start: int = 0  # offset in the log file at which the current start begins
+    error: str = ""  # why it failed
 
     @property
     def done(self) -> int:
@@ -83,18 +85,19 @@ class Job:
             lines = f.read().decode(errors="replace").splitlines()
         errors = [line for line in lines if line.startswith("error:") or "Error: " in line]
         if errors:
-            return errors[-1]
-        if status == 0:
-            return f"ended at step {self.done} of {self.steps}; see {self.out_dir / LOG}"
+            return errors[-1].removeprefix("error: ")
         how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
-        return f"{how}; see {self.out_dir / LOG}"
+        how = how if status else f"ended at step {self.done} of {self.steps}"
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        return f"{how}; {last}; see {self.out_dir / LOG}" if last else f"{how}; see {self.out_dir / LOG}"
 
 
 def plan(arguments: list[str], out: Path, arms: list[str], seeds: int) -> list[Job]:
     """The runs of a study, ordered by seed, so that complete pairs are available early.
 
     arguments: of train.py, for all arms; the settings that define an arm override them. Raises UserError for an unknown
-    arm, invalid settings, or a run in `out` that is not the requested one.
+    arm, settings of any arm that are invalid, a dataset that cannot be opened, or a run in `out` that is not the
+    requested one.
     """
     unknown = [arm for arm in arms if arm not in ARMS]
     if unknown:
@@ -122,6 +125,7 @@ def plan(arguments: list[str], out: Path, arms: list[str], seeds: int) -> list[J
         for job in jobs:  # of all arms, although `load` sets other keys too
             job.arguments.append(f"--wandb_group={group}")
     jobs.sort(key=lambda job: job.seed)
+    open_dataset(wanted[arms[0]]["dataset"], wanted[arms[0]]["block_size"])
     data: dict[str, Any] = {}
     for job in jobs:
         config = config_of(job.out_dir)
@@ -197,16 +201,18 @@ def train_all(jobs: list[Job], parallel: int, interrupt: Interrupt) -> list[Job]
     """Train the unfinished runs, `parallel` at a time with an equal number of threads. Returns the jobs that failed.
 
     A signal stops the running processes. Each saves a checkpoint, so that the same command continues from there. The
-    processes also stop if this process is killed.
+    processes also stop if this process is killed. Raises UserError if the first runs, as many as run at a time, fail
+    and no run of the study is finished.
     """
     threads = max(1, (os.cpu_count() or 1) // parallel)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), PARENT: str(os.getpid())}
     waiting = [job for job in jobs if not job.finished]
+    first = min(parallel, len(waiting))
     running: dict[subprocess.Popen, Job] = {}
     failed: list[Job] = []
-    total = sum(job.steps for job in jobs)
-    with tqdm(total=total, initial=sum(job.done for job in jobs), unit="step", smoothing=0.05) as bar:
-        while (waiting or running) and not interrupt.received:
+    is_hopeless = False
+    with Display(jobs) as display:
+        while (waiting or running) and not interrupt.received and not is_hopeless:
             for job in list(waiting):
                 if len(running) < parallel and not job.locked:
                     waiting.remove(job)
@@ -216,20 +222,71 @@ def train_all(jobs: list[Job], parallel: int, interrupt: Interrupt) -> list[Job]
             for process in [p for p in running if p.poll() is not None]:
                 job = running.pop(process)
                 if (process.returncode != 0 or not job.finished) and not interrupt.received:
+                    job.error = job.failure(process.returncode)
                     failed.append(job)
-                    bar.write(f"failed: {job.out_dir}: {job.failure(process.returncode)}")
-            state = ", ".join(f"{job.arm} {job.seed}" for job in running.values())
+                    display.say(f"failed: {job.out_dir}: {job.error}")
+            is_hopeless = len(failed) >= first > 0 and not any(job.finished for job in jobs)
+            state = "training " + ", ".join(f"{job.arm} {job.seed}" for job in running.values()) if running else ""
             if waiting and not running and waiting[0].locked:
                 state = f"waiting for the process that is writing to {waiting[0].out_dir}"
-            bar.set_postfix_str(state)
-            bar.update(sum(job.done for job in jobs) - bar.n)
+            display.update(state, sum(job.finished for job in jobs if job not in running.values()))
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
         if interrupt.received:
-            for process in running:
-                process.terminate()
-            for process in running:
-                process.wait()
-            bar.write("stopped, and the unfinished runs are saved; to continue: repeat the command")
+            display.say("stopped, and the unfinished runs are saved; to continue: repeat the command")
+    if is_hopeless and not interrupt.received:
+        what = "the first run" if len(failed) == 1 else f"the first {len(failed)} runs"
+        raise UserError(f"{what} failed, so the study was stopped: {failed[-1].out_dir}: {failed[-1].error}")
     return failed
+
+
+class Display:
+    """Progress of a study: a bar on a terminal, else a line when a run ends and at least every minute."""
+
+    def __init__(self, jobs: list[Job]):
+        self.jobs = jobs
+        self.total = sum(job.steps for job in jobs)
+        self.first = sum(job.done for job in jobs)  # steps done before this start
+        self.began = self.printed = time.monotonic()
+        self.finished = sum(job.finished for job in jobs)
+        self.bar: tqdm | None = None
+        if sys.stdout.isatty():
+            self.bar = tqdm(
+                total=self.total, initial=self.first, unit="step", smoothing=0.05, dynamic_ncols=True, file=sys.stdout
+            )
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def say(self, line: str) -> None:
+        """Print a line."""
+        if self.bar is not None:
+            self.bar.write(line, file=sys.stdout)
+        else:
+            print(line, flush=True)
+
+    def update(self, state: str, finished: int) -> None:
+        """Show the steps done. state: what is being done. finished: number of runs that have ended with all steps."""
+        done = sum(job.done for job in self.jobs)
+        if self.bar is not None:
+            self.bar.set_postfix_str(state)
+            self.bar.update(done - self.bar.n)
+            return
+        now = time.monotonic()
+        if finished == self.finished and now - self.printed < LINE_SECONDS:
+            return
+        self.finished, self.printed = finished, now
+        new, left = done - self.first, ""
+        if state and 0 < new and done < self.total:
+            left = f", about {tqdm.format_interval((now - self.began) * (self.total - done) / new)} left"
+        line = f"{finished} of {len(self.jobs)} runs finished, {done} of {self.total} steps{left}"
+        print(f"{line}; {state}" if state else line, flush=True)
 
 
 def _start(job: Job, environment: Mapping[str, str]) -> subprocess.Popen:

@@ -293,10 +293,10 @@ def test_runs_from_wandb_give_the_same_report_as_from_disk(tmp_path, monkeypatch
     folders = [str(write(tmp_path / "runs" / run.name, run)) for run in runs]
     assert compare.main([*folders, "--wandb_log=True"]) == 0  # the report is an offline W&B run too
     assert "wandb sync" in capsys.readouterr().out
-    reports = tmp_path / "out" / "wandb_comparison", tmp_path / "runs"
+    reports = tmp_path / "out" / "wandb_comparison", tmp_path / "out" / "compare_off0_on0_shuffled0_15_more"
     theirs, ours = (json.loads((folder / "comparison.json").read_text()) for folder in reports)
     assert theirs["primary"] == ours["primary"]
-    (logged,) = (tmp_path / "runs" / "wandb").glob("offline-run-*/files/media")
+    (logged,) = (reports[1] / "wandb").glob("offline-run-*/files/media")
     assert len(list(logged.rglob("*.png"))) >= 4
     (table,) = (json.loads(path.read_text()) for path in (logged / "table").glob("contrasts*.json"))
     first, expected = dict(zip(table["columns"], table["data"][0])), ours["primary"][0]

@@ -178,7 +178,8 @@ def phi_with_noise(run, block, expert, size, corpus):
 
 def test_loud_noise_raises_its_phi_in_the_mixture_but_not_leaving_one_out(slice_run, corpus):
     """An expert that is three times too loud is a large part of the mixture that it is compared with."""
-    expert = int(trace_of(load(slice_run)[0], corpus.batch("train", 5, 0, 0, 16)).kept_per_expert[1].argmax())
+    trace = trace_of(load(slice_run)[0], corpus.batch("train", 5, 0, 0, 16))
+    expert = int(trace.gated_output[1].norm(dim=-1).argmax())
     fair, loud = (phi_with_noise(slice_run, 2, expert, size, corpus) for size in (1.0, 3.0))
     assert loud[0][expert] > fair[0][expert] + 0.3 and loud[1][expert] < fair[1][expert] + 0.1
     others = [e for e in range(8) if e != expert]
