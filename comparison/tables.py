@@ -55,7 +55,8 @@ class Table:
         """The table as text in columns."""
         widths = [max(map(len, column)) for column in zip(self.columns, *self.rows)]
         return [
-            "  ".join(cell.ljust(width) for cell, width in zip(cells, widths)) for cells in (self.columns, *self.rows)
+            "  ".join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip()
+            for cells in (self.columns, *self.rows)
         ]
 
 

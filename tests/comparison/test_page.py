@@ -1,5 +1,6 @@
 """The report's page, its figures and its folder. Tests that drive a browser need playwright and Chromium."""
 
+import dataclasses
 import re
 import shutil
 
@@ -69,6 +70,8 @@ def test_page_works_offline_in_a_browser(tmp_path):
     name = "</script><b id=injected>"
     values = {f"expert/L0_E{e}/phi_slow": e / 8 for e in range(8)} | {"routing/L0/load_cv": 0.5}
     runs = [make_run(seed, 0.1 * (arm == "on"), arm, values) for arm in ("off", "on") for seed in (1, 2)]
+    proposal = {"expert_id": name, "reason": "low_coherence", "action": "open", "step": 10}
+    runs = [dataclasses.replace(run, decisions=[proposal]) for run in runs]
     comparison = report.compare(arms_of(runs), {}, [name], {}, name, tmp_path)
     report.write(tmp_path, comparison)
     with browsers.sync_playwright() as p, p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]) as browser:
