@@ -1,4 +1,4 @@
-"""Draw the README's picture: loss, disagreement, coherence and beta of a training run.
+"""Draw the picture in docs/logging.md: loss, disagreement, coherence and beta of a training run.
 
 python docs/figure.py out/vertical_slice docs/vertical_slice.png
 """

@@ -1,4 +1,4 @@
-"""Studies that train small runs: what is kept, continued, refused and reported; the probe; the README's picture."""
+"""Studies that train small runs: what is kept, continued, refused and reported; the probe; the picture of a run."""
 
 import contextlib
 import dataclasses
