@@ -131,13 +131,18 @@ def measures(arms: Arms) -> dict[str, dict[str, float]]:
     return found
 
 
+def rounded(x: float, sign: str = "") -> str:
+    """x with four decimals, or in scientific notation if it is smaller than 0.001. sign: '+' shows that of x."""
+    return format(x, f"{sign}.4f" if x == 0 or abs(x) >= 1e-3 else f"{sign}.1e")
+
+
 def measures_by_arm(arms: Arms) -> Table:
     """`measures` as a table, with a column per arm."""
     other, one = next(iter(arms)), next(reversed(arms))
     has_difference = len(arms) == 2 and arms[one].keys() == arms[other].keys()
     rows = [
-        [name, *(f"{means[arm]:.5g}" if arm in means else UNUSED for arm in arms)]
-        + [f"{means[one] - means[other]:+.3g}" if has_difference and len(means) == 2 else ""]
+        [name, *(rounded(means[arm]) if arm in means else UNUSED for arm in arms)]
+        + [rounded(means[one] - means[other], "+") if has_difference and len(means) == 2 else ""]
         for name, means in measures(arms).items()
     ]
     return Table(["mean over seeds", *arms, f"{one} - {other}"], rows)

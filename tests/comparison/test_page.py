@@ -51,7 +51,7 @@ def test_one_pair_gets_its_numbers_and_no_verdict_and_no_report_is_lost(tmp_path
     said = capsys.readouterr().out
     assert said.startswith("No verdict: one pair of runs is no evidence: runs with nearly") and "0.01 to 0.02" in said
     assert "differs by -0.0500 nats in one pair (seed 0)" in said and "For a verdict: python compare.py config/" in said
-    assert re.search(r"final validation loss, nats +\S+ +\S+ +-0.05\b", said)
+    assert re.search(r"final validation loss, nats +\S+ +\S+ +-0.0500\b", said)
     page = (out / "report.html").read_text()
     assert "All contrasts" not in page and report.FEW not in page and "-0.0500" in page
     compare.main([*runs[3:], f"--out_dir={out}"])  # other runs
