@@ -95,7 +95,6 @@ def main(arguments: list[str]) -> int:
         study, failed, signal_status = train_study(passed_on, out, arms, own.seeds, jobs)
         if signal_status:
             return signal_status
-        print("the runs have ended; evaluating the trained models and writing the report", flush=True)
         changed = ["seeds"] if {"on", "off"} <= set(arms) else ["seeds", "arms"]
         kept = [a for a in arguments if cli.option_name(a) not in changed]
         next_command = shlex.join(["python", "compare.py", *kept, "--seeds=8"])
@@ -155,6 +154,7 @@ def write_report(
     arms, differing, left_out_of_arms = group_into_arms(runs)
     lost = lost_seeds(unusable, arms)
     out, note = report.folder_for(out, arms)
+    print("evaluating the trained models and writing the report", flush=True)
     comparison = report.compare(arms, differing, left_out + left_out_of_arms, lost, command, out, next_command)
     figures = report.write(out, comparison)
     if wandb_log:

@@ -45,7 +45,7 @@ def study(tmp_path_factory):
         assert compare.main([*settings, "--seeds=2", "--arms=off,on", "--jobs=2", f"--out_dir={out}"]) == 0
     lines = printed.getvalue()
     assert "No verdict: 2 pairs" in lines and "left out" not in lines and "\r" not in lines
-    assert "4 of 4 runs finished, 32 of 32 steps\nthe runs have ended; evaluating" in lines
+    assert "4 of 4 runs finished, 32 of 32 steps\nevaluating the trained models" in lines
     assert f"For a verdict: python compare.py {STUDY}" in lines and "--seeds=8\n" in lines
     return settings, out
 
