@@ -55,11 +55,13 @@ class Analysis:
     rounding: list[str]  # a warning for each two arms that ran on different machines
     lost: dict[str, set[str]]  # seeds of the runs that cannot be used, by arm
     single: dict[tuple[str, str], tuple[int, float]]  # (seed, difference in loss) of contrasts with one pair only
+    confounders: dict[tuple[str, str], list[str]]  # by contrast; see Row
 
     @property
     def warnings(self) -> list[str]:
         """Warnings about the contrasts as a whole."""
-        found = {(r.a, r.b): r.confounders for r in (*self.primary, *self.described) if r.confounders}
+        compared = {(r.a, r.b) for r in (*self.primary, *self.described)} | self.single.keys()
+        found = {arms: keys for arms, keys in self.confounders.items() if arms in compared and keys}
         differ = [
             f"'{a}' and '{b}' also differ in {', '.join(keys)}: an effect of the arm cannot be separated from these"
             for (a, b), keys in found.items()
@@ -141,7 +143,7 @@ def analyse(arms: Arms, lost: dict[str, set[str]] | None = None) -> Analysis:
     described += [r for outcome in others for r in rows(outcome, (FIRST, SECOND))]
     rounding = [line for a, b in differ if (line := machine_difference(arms, a, b))]
     tested = rows(primary, (FIRST, SECOND))
-    return Analysis(tested, described, rows(check, (FIRST, SECOND)), mixed, rounding, lost or {}, single)
+    return Analysis(tested, described, rows(check, (FIRST, SECOND)), mixed, rounding, lost or {}, single, differ)
 
 
 def why_no_verdict(analysis: Analysis, arms: tuple[str, str]) -> str | None:
@@ -149,15 +151,14 @@ def why_no_verdict(analysis: Analysis, arms: tuple[str, str]) -> str | None:
     r = analysis.row(arms)
     if any(analysis.lost.get(arm) for arm in arms):
         return "; ".join(analysis.lost_runs(arm) for arm in arms if analysis.lost.get(arm))
+    if analysis.confounders.get(arms) and (r is not None or arms in analysis.single):
+        return f"'{arms[0]}' and '{arms[1]}' also differ in {', '.join(analysis.confounders[arms])}"
     if r is None and arms in analysis.single:
         return f"one pair of runs is no evidence: {CHANCE}; a verdict needs {MIN_PAIRS} pairs"
     if r is None:
         return f"there are fewer than two pairs of runs of '{arms[0]}' and '{arms[1]}' that can be compared"
-    if r.confounders:
-        return f"'{r.a}' and '{r.b}' also differ in {', '.join(r.confounders)}"
     if not r.contrast.is_enough:
-        n = r.contrast.n
-        return f"{n} pairs cannot give a p below {2 / 2**n:.3g}; a verdict needs {MIN_PAIRS}"
+        return f"{r.contrast.n} pairs of runs are too few, a verdict needs {MIN_PAIRS}"
     if arms == SECOND and (why_no_verdict(analysis, FIRST) is not None or not analysis.row(FIRST).contrast.is_effect):
         return f"it is tested only if '{FIRST[0]}' against '{FIRST[1]}' has an effect"
     return None
@@ -185,8 +186,10 @@ def verdict(analysis: Analysis, r: Row) -> str:
 
 
 def single_pair(analysis: Analysis, a: str, b: str) -> str:
-    """The difference of the only pair of two arms, in words."""
+    """The difference of the only pair of two arms, in words. None is given if other settings differ too."""
     seed, difference = analysis.single[a, b]
+    if analysis.confounders.get((a, b)):
+        return f"{a} against {b}: the losses of the pair (seed {seed}) are not compared."
     return f"{a} against {b}: the {PRIMARY} differs by {number(difference)} nats in one pair (seed {seed})."
 
 
@@ -222,7 +225,8 @@ def conclusion(analysis: Analysis) -> str:
     first, second = analysis.row(FIRST), analysis.row(SECOND)
     reason = why_no_verdict(analysis, FIRST)
     if reason is not None:
-        return f"No verdict: {reason}."
+        is_small = first is not None and not first.contrast.is_enough
+        return f"No verdict: {reason}" + (f": {CHANCE}." if is_small else ".")
     c = first.contrast
     if not c.is_effect:
         if c.is_equivalent:

@@ -36,13 +36,13 @@ from trainer.errors import UserError
 from trainer.files import atomic_write, parse_json, read_text
 
 TESTED = (
-    "Each layer of these language models sends a token to a few of its experts; coherence is the cosine between an "
-    "expert's output and the output of its layer.",
+    "Each layer of these language models sends a token to a few of its experts; coherence is the cosine between the "
+    "sum of an expert's outputs and the sum of its layer's outputs over the tokens of a training step.",
     "Beta is a slow bias on this routing that follows coherence, so that coherent experts are chosen more often; the "
-    "bridge weakens beta where it disagrees with the router.",
+    "bridge weakens beta in layers where it disagrees with the router.",
     "Runs with beta are compared with runs of the same seed in which beta stays 0 (off), and with a placebo (shuffled) "
-    "in which the beta of each expert follows the coherence of another expert: if on is no better than the placebo, "
-    "coherence is not the cause.",
+    "in which the beta of each expert follows the coherence of another expert: only if on differs from the placebo "
+    "too can coherence be the cause.",
 )
 STUDY_COMMAND = "python compare.py config/study.py --seeds=8"
 FEW = "Intervals and tests need six pairs."
@@ -89,7 +89,11 @@ class Comparison:
     def next_step(self) -> list[str]:
         """What gives a verdict, if there are too few pairs for one."""
         row = self.analysis.row(FIRST)
-        return [] if row is not None and row.contrast.is_enough else [f"For a verdict: {self.next_command}"]
+        return [] if row is not None and row.contrast.is_enough else [f"{self.next_words}: {self.next_command}"]
+
+    @property
+    def next_words(self) -> str:
+        return "For a verdict on another model" if self.next_command == STUDY_COMMAND else "For a verdict"
 
     @property
     def is_tested(self) -> bool:

@@ -20,14 +20,14 @@ from comparison.analysis import (
     number,
     why_no_verdict,
 )
-from comparison.runs import SHOWN, Arms, Run, effective, pairs
+from comparison.runs import SHOWN, Arms, Run, confounders, effective, pairs
 
 COLUMNS = ["outcome", "contrast", "pairs", "mean difference", "95% interval", "p", "verdict", POWER_COLUMN]
 DRIVERS = {  # of beta, by arm
     "off": "beta stays 0",
     "on": "beta follows the expert's coherence",
     "shuffled": "placebo: beta follows another expert's coherence",
-    "load": "beta follows the load instead of coherence",
+    "load": "beta follows the load; no auxiliary loss, no bridge, clean gates",
     "custom": "other settings",
 }
 UNUSED = "-"  # a setting without effect in an arm
@@ -137,9 +137,9 @@ def rounded(x: float, sign: str = "") -> str:
 
 
 def measures_by_arm(arms: Arms) -> Table:
-    """`measures` as a table, with a column per arm."""
+    """`measures` as a table, with a column per arm, and one of the difference if only two arms can be compared."""
     other, one = next(iter(arms)), next(reversed(arms))
-    has_difference = len(arms) == 2 and arms[one].keys() == arms[other].keys()
+    has_difference = len(arms) == 2 and arms[one].keys() == arms[other].keys() and not confounders(arms, one, other)
     rows = [
         [name, *(rounded(means[arm]) if arm in means else UNUSED for arm in arms)]
         + [rounded(means[one] - means[other], "+") if has_difference and len(means) == 2 else ""]

@@ -40,7 +40,7 @@ VERDICTS = {  # name: (study, JSON verdicts of `on` - `off` and `on` - `shuffled
     "undecided without a margin": (dict(effect=0.0, margin=None), ["undecided", "none"],
         "Undecided: beta may lower the validation loss, raise it or do neither; the runs declare no margin", ""),
     "five pairs": (dict(effect=-0.5, seeds=5), ["none", "none"],
-        "No verdict: 5 pairs cannot give a p below 0.0625; a verdict needs 6.", "No verdict: 5 pairs"),
+        "No verdict: 5 pairs of runs are too few, a verdict needs 6: runs with nearly", "No verdict: 5 pairs"),
 }  # fmt: skip
 
 

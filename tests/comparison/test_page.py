@@ -49,11 +49,16 @@ def test_one_pair_gets_its_numbers_and_no_verdict_and_no_report_is_lost(tmp_path
     (off, on, _), out = runs[:3], tmp_path / "out" / "compare_off0_on0"
     assert compare.main([off, on]) == 0
     said = capsys.readouterr().out
-    assert said.startswith("No verdict: one pair of runs is no evidence: runs with nearly") and "0.01 to 0.02" in said
-    assert "differs by -0.0500 nats in one pair (seed 0)" in said and "For a verdict: python compare.py config/" in said
+    assert "\nNo verdict: one pair of runs is no evidence: runs with nearly" in said and "0.01 to 0.02" in said
+    assert "differs by -0.0500 nats in one pair (seed 0)" in said
+    assert "For a verdict on another model: python compare.py config/" in said
     assert re.search(r"final validation loss, nats +\S+ +\S+ +-0.0500\b", said)
     page = (out / "report.html").read_text()
     assert "All contrasts" not in page and report.FEW not in page and "-0.0500" in page
+    other = make_run(0, -0.05, "on", learning_rate=0.5)
+    compare.main([off, str(write(tmp_path / "other", other))])
+    said = capsys.readouterr().out
+    assert "\nNo verdict: 'on' and 'off' also differ in learning_rate (0.5 against" in said and "-0.05" not in said
     compare.main([*runs[3:], f"--out_dir={out}"])  # other runs
     assert "has the report of other runs, so this one is in" in capsys.readouterr().out
     assert (out / "report.html").read_text() == page and (tmp_path / "out" / "compare_off0_on0_2").exists()
