@@ -126,7 +126,7 @@ def process_group(device_type: str, backend: str) -> Iterator[World]:
         )
     try:
         store, _, _ = next(rendezvous("env://", rank, world_size, timeout=TIMEOUT))
-        # torchrun's store survives a restart, with the keys of the earlier attempt
+        # with torch 2.11 torchrun's store survives a restart, with the keys of the earlier attempt
         attempt = dist.PrefixStore(  # type: ignore[attr-defined]
             f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store
         )
