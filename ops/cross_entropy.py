@@ -20,17 +20,21 @@ from torch import Tensor
 
 from ops.autograd import refuse_second_derivatives
 
-MAX_LOGITS = 1 << 25  # logits in memory at a time: 128 MB in float32
+# Logits in memory at a time, by device: 128 MB in float32, or 512 MB where a chunk of many tokens has fewer kernels.
+MAX_LOGITS = {"cpu": 1 << 25, "cuda": 1 << 27}
 IGNORED = -1  # target that does not count
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, max_logits: int = MAX_LOGITS) -> Tensor:
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, max_logits: int | None = None) -> Tensor:
     """Mean cross-entropy in nats, [], of the logits x @ weight.T for x [N, D], weight [V, D] and targets [N].
 
     Targets of -1 do not count; the loss is NaN if none counts. Any other target outside 0..V-1 raises IndexError or
     RuntimeError on a CPU and fails a device-side assertion on CUDA. Differentiable once, in x and weight. At most
-    `max_logits` logits are in memory at a time; a smaller problem uses torch's own operators.
+    `max_logits` logits (None: MAX_LOGITS of the device) are in memory at a time; a smaller problem uses torch's own
+    operators.
     """
+    if max_logits is None:
+        max_logits = MAX_LOGITS.get(x.device.type, MAX_LOGITS["cpu"])
     if len(x) * len(weight) <= max_logits:
         return F.cross_entropy(F.linear(x, weight), targets, ignore_index=IGNORED)
     with_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
