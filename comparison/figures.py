@@ -92,6 +92,28 @@ def _by_arm(arms: list[str], **options: Any) -> alt.Color:
     return alt.Color("arm:N", scale=alt.Scale(domain=shown, range=[COLOURS[arm] for arm in shown]), **options)
 
 
+def curve_rows(arms: Arms, name: str, reference: str | None, skip: int) -> list[dict[str, Any]]:
+    """A row per run that has the metric: arm, seed, steps, values, and differences to the paired run of `reference`."""
+    found = {
+        (arm, seed): means
+        for arm, members in arms.items()
+        for seed, run in members.items()
+        if (means := {step: sum(v) / len(v) for step, v in run.values(name).items() if step >= skip})
+    }
+    partners = {}
+    if reference in arms:
+        for arm in arms:
+            partners |= {(arm, x.seed): found.get((reference, x.seed)) for x, _ in pairs(arms, arm, reference)[0]}
+    rows = []
+    for (arm, seed), means in sorted(found.items(), key=lambda item: [*COLOURS].index(item[0][0])):
+        partner = partners.get((arm, seed)) or {}
+        steps = sorted(means)
+        difference = [means[step] - partner[step] if step in partner else None for step in steps]
+        steps, (values, difference) = thinned(steps, [[means[step] for step in steps], difference], len(found))
+        rows.append({"arm": arm, "seed": str(seed), "step": steps, "value": values, "difference": difference})
+    return rows
+
+
 def curves(
     arms: Arms,
     name: str,
@@ -107,25 +129,9 @@ def curves(
     subtracted; None: the values are drawn. skip: first step that is drawn. spec: format of the values. domain: of the
     axis of values.
     """
-    found = {
-        (arm, seed): means
-        for arm, members in arms.items()
-        for seed, run in members.items()
-        if (means := {step: sum(v) / len(v) for step, v in run.values(name).items() if step >= skip})
-    }
-    if not found:
+    rows = curve_rows(arms, name, reference, skip)
+    if not rows:
         return None
-    partners = {}
-    if reference in arms:
-        for arm in arms:
-            partners |= {(arm, x.seed): found.get((reference, x.seed)) for x, _ in pairs(arms, arm, reference)[0]}
-    rows = []
-    for (arm, seed), means in sorted(found.items(), key=lambda item: [*COLOURS].index(item[0][0])):
-        partner = partners.get((arm, seed)) or {}
-        steps = sorted(means)
-        difference = [means[step] - partner[step] if step in partner else None for step in steps]
-        steps, (values, difference) = thinned(steps, [[means[step] for step in steps], difference], len(found))
-        rows.append({"arm": arm, "seed": str(seed), "step": steps, "value": values, "difference": difference})
     shown = list(dict.fromkeys(row["arm"] for row in rows))
     if reference is None:
         title, y, params, sign = label, "datum.value", [], "''"

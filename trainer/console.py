@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
+from chronomoe.metrics import summary
 from trainer.progress import Line
 from trainer.settings import Settings
 
@@ -75,7 +76,8 @@ class Console:
         if self.rows % ROWS_PER_HEADER == 0:
             self.info(GAP.join(f"{c.title:>{c.width}}" for c in self.columns))
         self.rows += 1
-        self.info(GAP.join(f"{c.cell(line):>{c.width}}" for c in self.columns).rstrip())
+        values: Line = {**line, **summary(line)}
+        self.info(GAP.join(f"{c.cell(values):>{c.width}}" for c in self.columns).rstrip())
 
     def close(self) -> None:
         if self.bar is not None:
@@ -86,23 +88,20 @@ class Console:
         """All columns of these settings, the most important ones first."""
         chrono, step_width = s.chrono, max(4, len(str(s.max_iters)))
         biased, has_bridge = chrono.beta, chrono.beta and chrono.bridge
-        spread, js, flip = (over_layers(n, max) for n in ("beta/spread", "routing/js", "routing/flip"))
-        strength, load_cv = over_layers("routing/relevance", min), over_layers("routing/load_cv", max)
-        lowest, highest = over_layers("coherence/phi_slow_min", min), over_layers("coherence/phi_slow_max", max)
         return [
             Column("step", step_width, number("step", "d")),
             Column("loss", 7, number("train/loss", ".4f"), "training loss, nats per token"),
             Column("val", 7, number("val/loss", ".4f"), "validation loss"),
             Column("tok/s", 7, number("time/tokens_per_s", ",.0f"), "tokens per second"),
             Column("left", 7, self._time_left, "time left"),
-            Column("spread", 6, number(spread, ".4f"), "largest minus smallest beta of a layer", biased),
-            Column("JS", 7, number(js, ".1e"), "divergence of routing with and without beta, nats", biased),
-            Column("flip", 5, number(flip, ".3f"), "share of tokens whose first expert beta changed", biased),
-            Column("r", 4, number(strength, ".2f"), "strength with which beta is applied", has_bridge),
-            Column("phi", 6, number(lowest, "+.3f"), "lowest slow coherence of an expert", chrono.coherence),
+            Column("spread", 6, number("beta/spread_max", ".4f"), "largest minus smallest beta of a layer", biased),
+            Column("JS", 7, number("routing/js_max", ".1e"), "divergence of routing by beta, nats", biased),
+            Column("flip", 5, number("routing/flip_max", ".3f"), "share of tokens with another first expert", biased),
+            Column("r", 4, number("routing/relevance_min", ".2f"), "strength with which beta is applied", has_bridge),
+            Column("phi", 6, number("coherence/phi_min", "+.3f"), "lowest slow coherence", chrono.coherence),
             Column("prunes", 6, number("lifecycle/candidates", ".0f"), "open prune proposals", chrono.lifecycle),
-            Column("phi max", 7, number(highest, "+.3f"), "highest slow coherence", chrono.coherence),
-            Column("load cv", 7, number(load_cv, ".3f"), "variation of the experts' loads", s.n_exp > 1),
+            Column("phi max", 7, number("coherence/phi_max", "+.3f"), "highest slow coherence", chrono.coherence),
+            Column("load cv", 7, number("load/cv_max", ".3f"), "variation of the experts' loads", s.n_exp > 1),
             Column("grad", 6, number("grad_norm", ".3f"), "norm of the gradient"),
             Column("lr", 7, number("lr", ".1e"), "learning rate"),
         ]
@@ -116,26 +115,14 @@ class Console:
         return f"{minutes // 60}h{minutes % 60:02}m" if minutes >= 60 else f"{minutes}:{seconds:02}"
 
 
-def number(metric: str | Callable[[Line], float | None], form: str) -> Callable[[Line], str]:
-    """A column's cell: a metric's value in the format `form`. metric: its name, or a function of the line."""
+def number(metric: str, form: str) -> Callable[[Line], str]:
+    """A column's cell: a metric's value in the format `form`."""
 
     def text(line: Line) -> str:
-        value = line.get(metric) if isinstance(metric, str) else metric(line)
+        value = line.get(metric)
         return "" if value is None else format(value, form)
 
     return text
-
-
-def over_layers(name: str, pick: Callable[[list[float]], float]) -> Callable[[Line], float | None]:
-    """The largest or smallest value over layers of a per-layer metric, as 'routing/js'; None without one."""
-    group, metric = name.split("/")
-
-    def value(line: Line) -> float | None:
-        mine = [n for n in line if n.startswith(f"{group}/L") and n.endswith(f"/{metric}")]
-        values = [x for x in map(line.get, mine) if x is not None]
-        return pick(values) if values else None
-
-    return value
 
 
 def fitting(columns: list[Column], width: int) -> list[Column]:
