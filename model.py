@@ -19,13 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chronomoe.config import ChronoConfig
+from chronomoe.fusion import fused
 from chronomoe.options import check_options, option
 from chronomoe.router import ChronoRouter, RouterBias, RouterState, Routing
 from chronomoe.statistics import collect_trace
 from chronomoe.trace import MoETrace
 from ops.cross_entropy import IGNORED, linear_cross_entropy
 from ops.dispatch import from_experts, kept_gates, plan_dispatch, row_weights, to_experts
-from ops.experts import MLPExperts
+from ops.experts import MLPExperts, matmul_dtype
 
 GPT2_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
@@ -139,15 +140,23 @@ class MOELayer(nn.Module):
 
     def forward(self, x: Tensor, bias: RouterBias | None, return_trace: bool) -> tuple[Tensor, LayerTrace]:
         """Mixture output [B, T, D] of x [B, T, D], and the layer's trace. Output sums need return_trace."""
+        # the loop over experts reads token counts on the host, which one graph cannot
+        mix = self._fused_mix if self.experts.uses_grouped_mm(x) else self._mix
+        return mix(x, bias, return_trace)
+
+    def _mix(self, x: Tensor, bias: RouterBias | None, return_trace: bool) -> tuple[Tensor, LayerTrace]:
         tokens = x.reshape(-1, x.shape[-1])
         routing = self.router(tokens, bias)
         capacity = self.capacity(len(tokens))
         plan = plan_dispatch(routing.experts, self.config.n_exp, capacity)
         gates = kept_gates(routing.gates, plan)
         weights = row_weights(gates.detach(), plan) if return_trace and self.config.chrono.coherence else None
-        rows, outputs = self.experts(to_experts(tokens, plan), plan, weights)
+        rows = to_experts(tokens, plan, matmul_dtype(tokens))
+        rows, outputs = self.experts(rows, plan, weights)
         kept = None if capacity is None else routing.tokens_per_expert.clamp_max(capacity)
         return from_experts(rows, gates, plan).view_as(x), LayerTrace(routing, kept, outputs)
+
+    _fused_mix = fused(_mix)
 
     def capacity(self, num_tokens: int) -> int | None:
         """Capacity per expert by nanoMoE's rule: an even number, at least min_capacity. None: dropless."""

@@ -16,6 +16,7 @@ from benchmark.layer import competitors
 from benchmark.scaling import Traffic
 from benchmark.step import SliceStep, recorded_calls
 from benchmark.timing import Effort, Report, time_in_turns
+from chronomoe.fusion import fusion
 from trainer.data import TokenData
 
 
@@ -59,17 +60,17 @@ def compiled(report: Report, device: torch.device) -> None:
         step = SliceStep(device, n_layer=2 * layers, n_embd=32, batch_size=2)
         step()
         trace, found_inf = step.loop.last, torch.zeros((), device=device)
-        step.loop.compile()
         metrics.reset()
-        try:
-            with torch._inductor.config.patch(force_disable_caches=True), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch warns that its caches are off
-                step.loop.step(trace, found_inf)
-        except Exception as e:
-            report.info(f"\nthe loop cannot be compiled on this machine: {type(e).__name__}")
-            return
-        lines.append((f"the loop compiled, L={layers}", metrics.generated_kernel_count, "kernels"))
-        found = time_in_turns({"loop": partial(step.loop.step, trace, found_inf)}, device, Effort(1, 7, 1000))
+        with fusion():
+            try:
+                with torch._inductor.config.patch(force_disable_caches=True), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # torch warns that its caches are off
+                    step.loop.step(trace, found_inf)
+            except Exception as e:
+                report.info(f"\nthe loop cannot be compiled on this machine: {type(e).__name__}")
+                return
+            lines.append((f"the loop compiled, L={layers}", metrics.generated_kernel_count, "kernels"))
+            found = time_in_turns({"loop": partial(step.loop.step, trace, found_inf)}, device, Effort(1, 7, 1000))
         lines.append((f"the loop compiled, L={layers}", statistics.median(found["loop"]), "ms"))
     report.numbers("layers", "the compiled loop by number of MoE layers", lines)
 

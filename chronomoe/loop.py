@@ -11,13 +11,12 @@ synchronizes with the device; only `read`, `report` and `snapshot` copy state to
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from chronomoe.beta import derangement, update_beta
 from chronomoe.coherence import CLOCKS, CoherenceBuffer, CoherenceState
+from chronomoe.fusion import fused
 from chronomoe.lifecycle import REASONS, LifecycleCoordinator, PruneDecision
 from chronomoe.metrics import expert_id, layer_metric, metrics
 from chronomoe.router import RouterState
@@ -68,10 +67,7 @@ class ChronoLoop:
         self._update(trace, found_inf)
         self.last = trace
 
-    def compile(self, **options: Any) -> None:
-        """Fuse the update's kernels with torch.compile, from the next call on. Takes its options."""
-        self._update = torch.compile(self._update, fullgraph=True, dynamic=False, **options)  # type: ignore[method-assign]
-
+    @fused
     @torch.no_grad()
     def _update(self, trace: MoETrace, found_inf: Tensor | None) -> None:
         config = self.config

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from chronomoe.bridge import clean_rank, disagreement_per_token, js_per_token, overlap_per_token
 from chronomoe.config import ChronoConfig
+from chronomoe.fusion import fused
 from chronomoe.router import Routing
 from chronomoe.trace import MoETrace
 
@@ -126,34 +127,47 @@ def _select_tokens(routing: Routing, tokens: slice) -> Routing:
 
 
 def _slice_sums(routings: Sequence[Routing], config: ChronoConfig, logged: bool) -> dict[str, Tensor]:
-    z_clean = torch.stack([routing.z_clean for routing in routings])  # [L, N, E]
-    z = z_clean.transpose(1, 2).contiguous()  # [L, E, N]
+    z_clean = torch.stack([routing.z_clean for routing in routings])
     noise_free = [routing.noise_free for routing in routings if routing.noise_free is not None]
-    z_noise_free = torch.stack(noise_free).transpose(1, 2).contiguous() if noise_free else z
-    deviation = z_noise_free - z_noise_free.mean(-2, keepdim=True)
-    sums = {"logit_var": deviation.square().sum((-2, -1)) / (z.shape[-2] - 1)}
-    del noise_free, z_noise_free, deviation  # free their memory
-    if not (logged or config.bridge):
-        return sums
-
-    full = torch.stack([routing.bias.beta_eff for routing in routings if routing.bias]).unsqueeze(-1)  # [L, E, 1]
-    clean = z.softmax(-2)
-    if config.bridge:
-        # computed separately from the logged fields, so that its bits do not depend on `logged`
-        biased = (z + full).softmax(-2)
-        sums["disagreement"] = disagreement_per_token(clean, biased, config.bridge_signal, dim=-2).sum(-1)
-    if logged:
-        experts = torch.stack([routing.experts for routing in routings])  # [L, N, K]
+    biases = [routing.bias.beta_eff for routing in routings if routing.bias]
+    beta_eff = torch.stack(biases) if logged or config.bridge else None
+    # computed separately from the logged fields, so that their bits do not depend on `logged`
+    sums = _state_sums(z_clean, torch.stack(noise_free) if noise_free else None, beta_eff, config)
+    if logged and beta_eff is not None:
+        experts = torch.stack([routing.experts for routing in routings])
         strengths = [routing.relevance for routing in routings if routing.relevance is not None]
         relevance = torch.stack(strengths).view(len(routings), 1, -1)
-        biased = (z + relevance * full).softmax(-2)  # as applied
-        rank = clean_rank(z_clean, experts, z)
-        sums |= {
-            "prob": biased.sum(-1),
-            "js": js_per_token(clean, biased, dim=-2).sum(-1),
-            "overlap": overlap_per_token(clean, biased, dim=-2).sum(-1),
-            "flip": (rank[0] > 0).sum(-1, dtype=z.dtype),
-            "flip_set": (rank >= len(rank)).sum((0, -1), dtype=z.dtype) / len(rank),
-            "relevance": relevance.expand(-1, 1, z.shape[-1]).sum((-2, -1)),
-        }
+        sums |= _logged_sums(z_clean, experts, beta_eff, relevance)
     return sums
+
+
+@fused
+def _state_sums(
+    z_clean: Tensor, noise_free: Tensor | None, beta_eff: Tensor | None, config: ChronoConfig
+) -> dict[str, Tensor]:
+    """The fields that the loop reads, from logits [L, N, E], the same without noise, and beta_eff [L, E]."""
+    z = z_clean.transpose(1, 2).contiguous()  # [L, E, N]
+    deviation = z if noise_free is None else noise_free.transpose(1, 2).contiguous()
+    deviation = deviation - deviation.mean(-2, keepdim=True)
+    sums = {"logit_var": deviation.square().sum((-2, -1)) / (z.shape[-2] - 1)}
+    del deviation  # free its memory
+    if config.bridge and beta_eff is not None:
+        clean, biased = z.softmax(-2), (z + beta_eff.unsqueeze(-1)).softmax(-2)
+        sums["disagreement"] = disagreement_per_token(clean, biased, config.bridge_signal, dim=-2).sum(-1)
+    return sums
+
+
+@fused
+def _logged_sums(z_clean: Tensor, experts: Tensor, beta_eff: Tensor, relevance: Tensor) -> dict[str, Tensor]:
+    """The fields that are only logged: logits [L, N, E], choices [L, N, K], beta_eff [L, E], relevance [L, 1, N]."""
+    z = z_clean.transpose(1, 2).contiguous()  # [L, E, N]
+    clean, biased = z.softmax(-2), (z + relevance * beta_eff.unsqueeze(-1)).softmax(-2)  # as applied
+    rank = clean_rank(z_clean, experts, z)
+    return {
+        "prob": biased.sum(-1),
+        "js": js_per_token(clean, biased, dim=-2).sum(-1),
+        "overlap": overlap_per_token(clean, biased, dim=-2).sum(-1),
+        "flip": (rank[0] > 0).sum(-1, dtype=z.dtype),
+        "flip_set": (rank >= len(rank)).sum((0, -1), dtype=z.dtype) / len(rank),
+        "relevance": relevance.expand(-1, 1, z.shape[-1]).sum((-2, -1)),
+    }

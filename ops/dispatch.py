@@ -21,8 +21,9 @@ from torch import Tensor
 class Dispatch(NamedTuple):
     """The permutation of the slots. Row r of a sorted tensor [S, ...] belongs to slot order[r]."""
 
-    experts: Tensor  # [S] int64, the expert of each sorted row
+    experts: Tensor  # [S] int16 or int64, the expert of each sorted row
     order: Tensor  # [S] int64, sorted row -> slot
+    tokens: Tensor  # [S] int64, sorted row -> token
     inverse: Tensor  # [S] int64, slot -> sorted row
     offsets: Tensor  # [E] int32, end of each expert's rows
     kept: Tensor | None  # [S] bool per sorted row: within the expert's capacity. None: all are
@@ -30,40 +31,42 @@ class Dispatch(NamedTuple):
 
 def plan_dispatch(experts: Tensor, num_experts: int, capacity: int | None = None) -> Dispatch:
     """Sort the slots of the choices `experts` [N, K] int64. Each expert keeps its first `capacity` slots; None: all."""
-    slots = experts.t().reshape(-1)
+    # a GPU sorts by radix, 8 bits at a time
+    dtype = torch.int16 if num_experts <= 1 << 15 else torch.int64
+    slots = experts.t().to(dtype).reshape(-1)
     sorted_experts, order = slots.sort(stable=True)
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    all_experts = torch.arange(num_experts, device=order.device)
+    all_experts = torch.arange(num_experts, device=order.device, dtype=dtype)
     offsets = torch.searchsorted(sorted_experts, all_experts, right=True, out_int32=True)
     kept = None
     if capacity is not None:
         starts = torch.searchsorted(sorted_experts, all_experts)
-        kept = torch.arange(len(order), device=order.device) - starts.index_select(0, sorted_experts) < capacity
-    return Dispatch(sorted_experts, order, inverse, offsets, kept)
+        kept = torch.arange(len(order), device=order.device) - starts.index_select(0, sorted_experts.long()) < capacity
+    return Dispatch(sorted_experts, order, order % len(experts), inverse, offsets, kept)
 
 
 class _ToExperts(torch.autograd.Function):
     """x [N, D] -> rows sorted by expert [S, D]. The backward of plain indexing would use atomics."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, tokens: Tensor, inverse: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(inverse)
-        ctx.num_tokens = len(x)
-        return x.index_select(0, order % len(x))
+        ctx.num_tokens, ctx.dtype = len(x), x.dtype
+        return x.to(dtype).index_select(0, tokens)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (inverse,) = ctx.saved_tensors
         by_choice = grad.index_select(0, inverse).view(-1, ctx.num_tokens, grad.shape[-1])
-        return by_choice.sum(0), None, None
+        return by_choice.sum(0, dtype=ctx.dtype), None, None, None
 
 
 class _FromExperts(torch.autograd.Function):
     """Rows [S, D] and gates [N, K] -> sum over k of gate * row, [N, D]."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, gates: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, gates, order, inverse)
+    def forward(ctx: Any, rows: Tensor, gates: Tensor, order: Tensor, tokens: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, gates, order, tokens, inverse)
         num_tokens, top_k = gates.shape
         by_choice = rows.index_select(0, inverse).view(top_k, num_tokens, -1)
         out = by_choice[0] * gates[:, :1]
@@ -74,26 +77,26 @@ class _FromExperts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, gates, order, inverse = ctx.saved_tensors
+        rows, gates, order, tokens, inverse = ctx.saved_tensors
         num_tokens, top_k = gates.shape
-        grad_rows = grad.index_select(0, order % num_tokens)
+        grad_rows = grad.index_select(0, tokens)
         # in the dtype of the gates: the product of two bfloat16 numbers is exact in float32
         grad_gates = (grad_rows * rows.to(gates.dtype)).sum(-1).index_select(0, inverse).view(top_k, num_tokens).t()
         row_gates = gates.t().reshape(-1).index_select(0, order)
         row_gates = row_gates.to(grad.dtype).unsqueeze(-1)
         # in place, to save a tensor of all rows; a second derivative needs grad_rows unchanged
         grad_rows = grad_rows * row_gates if torch.is_grad_enabled() else grad_rows.mul_(row_gates)
-        return grad_rows, grad_gates, None, None
+        return grad_rows, grad_gates, None, None, None
 
 
-def to_experts(x: Tensor, plan: Dispatch) -> Tensor:
-    """Copy the tokens x [N, D] into rows sorted by expert, [S, D]. Differentiable in x."""
-    return _ToExperts.apply(x, plan.order, plan.inverse)
+def to_experts(x: Tensor, plan: Dispatch, dtype: torch.dtype | None = None) -> Tensor:
+    """Copy the tokens x [N, D] into rows sorted by expert, [S, D], in `dtype`; None: that of x. Differentiable in x."""
+    return _ToExperts.apply(x, plan.tokens, plan.inverse, dtype or x.dtype)
 
 
 def from_experts(rows: Tensor, gates: Tensor, plan: Dispatch) -> Tensor:
     """Mix the expert outputs rows [S, D] by gates [N, K]: [N, D]. Differentiable in both."""
-    return _FromExperts.apply(rows, gates, plan.order, plan.inverse)
+    return _FromExperts.apply(rows, gates, plan.order, plan.tokens, plan.inverse)
 
 
 def kept_gates(gates: Tensor, plan: Dispatch) -> Tensor:

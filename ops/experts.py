@@ -50,14 +50,15 @@ class MLPExperts(nn.Module):
         Returns the outputs [S, D] and, given `weights` [W, S], each expert's sums of its outputs by these weights,
         [W, E, D], else None. The sums carry no gradient.
         """
-        if self._uses_grouped_mm(rows):
+        if self.uses_grouped_mm(rows):
             return self._forward_grouped(rows, plan, weights)
         return self._forward_loop(rows, plan, weights)
 
-    def _uses_grouped_mm(self, rows: Tensor) -> bool:
+    def uses_grouped_mm(self, rows: Tensor) -> bool:
+        """Whether rows [..., D] go through grouped_mm, under the autocast of the caller."""
         if self.use_grouped_mm is not None:
             return self.use_grouped_mm
-        if rows.device.type != "cuda" or _matmul_dtype(rows) != torch.bfloat16:
+        if rows.device.type != "cuda" or matmul_dtype(rows) != torch.bfloat16:
             return False
         # grouped_mm requires row strides that are multiples of 16 bytes
         return rows.shape[-1] % 8 == 0 and torch.cuda.get_device_capability(rows.device) in GROUPED_CAPABILITIES
@@ -65,7 +66,7 @@ class MLPExperts(nn.Module):
     def _forward_loop(self, rows: Tensor, plan: Dispatch, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
         sizes = rows_per_expert(plan).tolist()
         tensors = [rows, self.c_fc, self.c_proj, self.fc_bias, self.proj_bias]
-        tensors = [None if x is None else x.to(_matmul_dtype(rows)) for x in tensors]
+        tensors = [None if x is None else x.to(matmul_dtype(rows)) for x in tensors]
         y = self.dropout(_ExpertLoop.apply(*tensors, sizes, torch.is_grad_enabled()))
         if weights is None:
             return y, None
@@ -136,8 +137,8 @@ def _linear(x: Tensor, weight: Tensor, biases: Tensor | None, e: int) -> Tensor:
     return x @ weight if biases is None else torch.addmm(biases[e], x, weight)
 
 
-def _matmul_dtype(x: Tensor) -> torch.dtype:
-    """Matmul dtype of x: autocast's where autocast is on."""
+def matmul_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of matmuls with x: autocast's where autocast is on."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 

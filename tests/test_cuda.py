@@ -102,7 +102,7 @@ def test_grouped_mm_is_used_in_bfloat16_and_agrees_with_the_loop_over_experts():
     for grouped in (None, True, False):
         model, _, batches, _ = slice_on_gpu()
         experts = [model.transformer.h[block].mlp.experts for block in model.config.moe_blocks]
-        assert not experts[0]._uses_grouped_mm(torch.empty(8, 128, device="cuda"))
+        assert not experts[0].uses_grouped_mm(torch.empty(8, 128, device="cuda"))
         for module in experts:
             module.use_grouped_mm = grouped
         with bfloat16():

@@ -4,10 +4,12 @@ from functools import partial
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 import model as model_module
 from chronomoe import ChronoConfig
+from chronomoe.fusion import fusion
 from ops.cross_entropy import linear_cross_entropy
 from tests.helpers import models
 from tests.helpers.models import adamw, assert_same, build, chrono, loop_state, state_of, tokens, train_step
@@ -82,16 +84,46 @@ def test_activation_checkpointing_gives_the_same_bits():
 
 def test_model_and_loop_compiled_in_one_graph_each_train_as_eager_ones_do(monkeypatch):
     def compiled(model, loop):
-        loop.compile(backend="aot_eager")
         return torch.compile(model, fullgraph=True, backend="aot_eager")
 
-    monkeypatch.setattr(torch._dynamo.config, "capture_scalar_outputs", True)
     monkeypatch.setattr(model_module, "linear_cross_entropy", partial(linear_cross_entropy, max_logits=64 * 50))
     options = dict(steps=3, beta=0.3, n_layer=2)
     loop, eager = train(chrono(**CONFIG), **options)
-    other, found = train(chrono(**CONFIG), prepare=compiled, **options)
+    with fusion("aot_eager"), torch._dynamo.config.patch(capture_scalar_outputs=True):
+        other, found = train(chrono(**CONFIG), prepare=compiled, **options)
     torch.testing.assert_close(found["losses"], eager["losses"], rtol=1e-5, atol=0)
     torch.testing.assert_close(loop_state(other), loop_state(loop), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"bridge_scope": "token", "use_noisy_top_k": True, "train_capacity": 1.0}])
+def test_fused_functions_are_one_graph_each_and_compute_what_they_do_eagerly(changes):
+    """Layer, statistics and loop. All layers share a graph, and a logged step has the statistics' graph of any step."""
+    model_changes = {k: v for k, v in changes.items() if k != "bridge_scope"}
+    config = chrono(**CONFIG | {k: v for k, v in changes.items() if k == "bridge_scope"})
+
+    def grouped(model, loop):
+        for block in model.config.moe_blocks:
+            model.transformer.h[block].mlp.experts.use_grouped_mm = True
+        return model
+
+    options = dict(steps=3, beta=0.3, n_layer=8, prepare=grouped, logged=lambda step: step == 1) | model_changes
+    loop, eager = train(config, **options)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    counters.clear()
+    with fusion(backend):
+        other, found = train(config, **options)
+    assert not counters["graph_break"]
+    assert len(graphs) == 4  # layer, two kinds of sums, loop
+    torch.testing.assert_close(found["losses"], eager["losses"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(loop_state(other), loop_state(loop), rtol=1e-5, atol=1e-5)
+    train(config, **options)
+    assert len(graphs) == 4  # outside of the block nothing is compiled
 
 
 @pytest.mark.parametrize("scope", ["batch", "token"])

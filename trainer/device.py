@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
+from chronomoe.fusion import fusion
 from trainer.distributed import World
 from trainer.errors import UserError
 
@@ -54,6 +55,23 @@ def deterministic_algorithms() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+def kernel_fusion(compile: bool, fuse: bool, device: torch.device) -> tuple[AbstractContextManager[object], list[str]]:
+    """The context to train in, by the settings `compile` and `fuse`, and notes for the user.
+
+    Raises UserError if `compile` is set and torch.compile does not work here.
+    """
+    if not (compile or (fuse and device.type == "cuda")):
+        return nullcontext(), []
+    try:
+        torch.compile(torch.neg)(torch.zeros(1, device=device))
+    except Exception as e:  # of Dynamo, Inductor, Triton, a missing C compiler
+        reason = f"{type(e).__name__}: {e}".splitlines()[0]
+        if compile:
+            raise UserError(f"compile=True needs torch.compile, which failed: {reason}") from None
+        return nullcontext(), [f"kernels are not fused, so small steps take longer: torch.compile failed: {reason}"]
+    return fusion(), []
 
 
 def autocast_context(dtype: str, device: torch.device) -> Autocast:

@@ -160,6 +160,16 @@ class Settings:
         role="numerics",
     )
     compile: bool = option(False, "compile the model with torch.compile", role="numerics")
+    fuse: bool = option(
+        True,
+        "on CUDA, fuse the kernels of loop, statistics and MoE layers (bfloat16) with torch.compile, if Triton works",
+        role="numerics",
+    )
+    cuda_graphs: bool = option(
+        False,
+        "replay forward and backward as CUDA graphs (one GPU, bfloat16); not yet tested on a GPU",
+        role="numerics",
+    )
     deterministic: bool = option(
         False,
         "use only deterministic algorithms on CUDA, so that a run repeats bit for bit; attention and embedding can be "

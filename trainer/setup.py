@@ -19,7 +19,14 @@ from trainer import checkpoint, messages
 from trainer import settings as setting
 from trainer.checkpointer import Checkpointer
 from trainer.data import BatchLoader, TokenData, open_dataset
-from trainer.device import autocast_context, deterministic_algorithms, device_name, resolve_dtype, select_device
+from trainer.device import (
+    autocast_context,
+    deterministic_algorithms,
+    device_name,
+    kernel_fusion,
+    resolve_dtype,
+    select_device,
+)
 from trainer.distributed import World, one_line_errors, process_group, torchrun_environment, torchrun_id
 from trainer.environment import check_torch, describe_environment
 from trainer.errors import UserError
@@ -92,6 +99,8 @@ def set_up(given: dict[str, Any], world: World, interrupt: Interrupt, stack: con
             f"gradient_accumulation_steps={s.gradient_accumulation_steps} micro-batches cannot be shared equally by "
             f"{world.world_size} ranks"
         )
+    if s.cuda_graphs and (device.type != "cuda" or world.world_size > 1):
+        raise UserError("cuda_graphs=True needs CUDA and one rank")
     data, files = _open_data(start, world)
     model, optimizer, loop = build(s, data.vocab_size, device)
     if start.weights is not None and start.weights_from is not None:
@@ -111,14 +120,17 @@ def set_up(given: dict[str, Any], world: World, interrupt: Interrupt, stack: con
     record = None if saved is None else record_of(saved)
     saved = start.saved = None  # free the checkpoint's memory
     autocast = autocast_context(s.dtype, device)
+    fused, notes = kernel_fusion(s.compile, s.fuse, device)
+    stack.enter_context(fused)
+    start.notes += notes
     if s.compile:
         torch._dynamo.config.capture_scalar_outputs = True  # the loop over experts reads their token counts
-        loop.compile()
     forward = cast(nn.Module, torch.compile(model)) if s.compile else model
     step = TrainingStep(
         model, optimizer, loop, guard, scaler,
         micro_batches=s.gradient_accumulation_steps // world.world_size,
         grad_clip=s.grad_clip, autocast=autocast, forward=world.wrap_ddp(forward, device), world=world,
+        cuda_graphs=s.cuda_graphs,
     )  # fmt: skip
     batches = BatchLoader(data, s.seed, s.batch_size, s.gradient_accumulation_steps, device, world)
     run = Run(

@@ -16,6 +16,7 @@ from chronomoe import ChronoLoop, MoETrace
 from model import GPT
 from trainer.device import Autocast
 from trainer.distributed import World
+from trainer.graphs import GraphedBackward
 from trainer.guard import NonFiniteGuard
 
 
@@ -44,6 +45,7 @@ class TrainingStep:
         autocast: context of forward.
         forward: the model, compiled or wrapped in DDP; None: the model itself.
         world: the ranks.
+        cuda_graphs: replay forward and backward as CUDA graphs; for one rank, and steps that do not synchronize.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class TrainingStep:
         autocast: Autocast = nullcontext,
         forward: nn.Module | None = None,
         world: World | None = None,
+        cuda_graphs: bool = False,
     ):
         self.model = model
         self.optimizer = optimizer
@@ -70,6 +73,7 @@ class TrainingStep:
         self.autocast = autocast
         self.forward = model if forward is None else forward
         self.world = world or World()
+        self.backward = GraphedBackward(self._backward_of, model.parameters()) if cuda_graphs else self._backward_of
 
     def __call__(
         self, batches: Iterable[tuple[Tensor, Tensor]], step: int, lr: float | None = None, logged: bool = True
@@ -87,7 +91,7 @@ class TrainingStep:
         if lr is not None:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-        trace = self._backward(batches, logged).summed_over_ranks()
+        trace = self._accumulate(batches, logged).summed_over_ranks()
         self.scaler.unscale_(self.optimizer)
         norms = self.guard.norms()
         grad_norm = torch.linalg.vector_norm(norms)
@@ -96,21 +100,26 @@ class TrainingStep:
         self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]
         self.optimizer.step()  # scaler.step() would overwrite found_inf with one that ignores the loss
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=not isinstance(self.backward, GraphedBackward))
         self.loop.step(trace, found_inf)
         return StepResult(trace, grad_norm, found_inf)
 
-    def _backward(self, batches: Iterable[tuple[Tensor, Tensor]], logged: bool) -> MoETrace:
+    def _accumulate(self, batches: Iterable[tuple[Tensor, Tensor]], logged: bool) -> MoETrace:
         """Accumulate the gradient of the mean loss. Returns the trace of this rank."""
         total: MoETrace | None = None
         for i, (x, y) in enumerate(batches, 1):
             # DDP averages gradients in the backward of the last micro-batch only
             no_sync = self.world.world_size > 1 and i < self.micro_batches
             with self.forward.no_sync() if no_sync else nullcontext():  # type: ignore[operator]
-                with self.autocast():
-                    _, loss, trace = self.forward(x, y, return_trace=True, logged=logged, return_logits=False)
-                self.scaler.scale(loss / self.micro_batches).backward()
+                trace = self.backward(x, y, logged)
             total = trace if total is None else total + trace
         if total is None or i != self.micro_batches:
             raise ValueError(f"a step needs {self.micro_batches} micro-batches")
         return total
+
+    def _backward_of(self, x: Tensor, y: Tensor, logged: bool) -> MoETrace:
+        """Forward and backward of one micro-batch."""
+        with self.autocast():
+            _, loss, trace = self.forward(x, y, return_trace=True, logged=logged, return_logits=False)
+        self.scaler.scale(loss / self.micro_batches).backward()
+        return trace

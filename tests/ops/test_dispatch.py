@@ -109,4 +109,4 @@ def test_grouped_mm_is_chosen_where_it_does_not_synchronize(capability, width, d
     experts = MLPExperts(2, width, bias=False, dropout=0.0)
     with FakeTensorMode():
         rows = torch.empty(4, width, dtype=dtype, device="cuda")
-    assert experts._uses_grouped_mm(rows) == expected
+    assert experts.uses_grouped_mm(rows) == expected
