@@ -20,7 +20,7 @@ parts: layer    the MoE layer, a dense MLP with as many multiplications, and one
 Competitors take turns within one run, so that a change of the machine's speed affects all of them. Layers are timed in
 three processes. Tables show medians, and ratios to the first competitor with their interquartile range. A ratio is
 marked as noisy if its 95% interval is wider than 5% on either side, or if the processes disagree. On CUDA the experts
-run in bfloat16.
+run in bfloat16, and kernels are fused as in train.py.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from benchmark import layer, loop, memory, profile, rates, scaling, step
 from benchmark.timing import Effort, Report
 from chronomoe.options import option, options_of, same_option
 from trainer import cli
-from trainer.device import select_device
+from trainer.device import kernel_fusion, select_device
 from trainer.distributed import process_group, torchrun_environment
 from trainer.environment import describe_environment
 from trainer.settings import Settings
@@ -96,11 +96,15 @@ def main(arguments: list[str]) -> int:
     began = time.time()
     facts = machine(device) | {"command": "python bench.py " + shlex.join(arguments)}
     report.info("; ".join(f"{name} {value}" for name, value in facts.items()))
-    for part in parts or [*PARTS, *(["profile"] if device.type == "cpu" and not options.quick else [])]:
-        if part == "profile":
-            profile.measure(report, effort, options.quick, options.against)
-        else:
-            PARTS[part](report, device, effort, options.quick)
+    fused, notes = kernel_fusion(compile=False, fuse=True, device=device)
+    for note in notes:
+        report.info(note)
+    with fused:
+        for part in parts or [*PARTS, *(["profile"] if device.type == "cpu" and not options.quick else [])]:
+            if part == "profile":
+                profile.measure(report, effort, options.quick, options.against)
+            else:
+                PARTS[part](report, device, effort, options.quick)
     report.info(f"\n{time.time() - began:.0f} s")
     if options.json:
         print(json.dumps(facts | {"tables": report.tables}, indent=1))

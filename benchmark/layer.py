@@ -16,6 +16,7 @@ from benchmark import one_hot
 from benchmark.timing import Effort, Report, autocast, time_in_turns
 from chronomoe import ChronoConfig, RouterBias, collect_trace
 from model import MLP, GPTConfig, MOELayer
+from trainer.device import kernel_fusion
 
 ALL_ON = ChronoConfig(router=True, coherence=True, beta=True, bridge=True, lifecycle=True)
 PAIRS = [
@@ -55,8 +56,9 @@ def measure(report: Report, device: torch.device, effort: Effort, quick: bool) -
 
 def timed(shape: tuple[int, int, int, int], device: torch.device, effort: Effort) -> dict:
     """Time the competitors of a shape (N, D, E, K) in this process."""
-    work, skew = competitors(*shape, device)
-    return {"times": time_in_turns(work, device, effort), "skew": skew}
+    with kernel_fusion(compile=False, fuse=True, device=device)[0]:
+        work, skew = competitors(*shape, device)
+        return {"times": time_in_turns(work, device, effort), "skew": skew}
 
 
 def timed_in_process(shape: tuple[int, int, int, int], device: torch.device, effort: Effort) -> dict:

@@ -35,11 +35,11 @@ def fused(function: Function) -> Function:
 
 
 @contextmanager
-def fusion(backend: Backend = "inductor") -> Iterator[None]:
+def fusion(backend: Backend | None = "inductor") -> Iterator[None]:
     """Compile the functions marked `fused` when they are called in this block.
 
     Each shape is compiled by itself. After torch._dynamo.config.recompile_limit shapes, a function runs eagerly.
-    `backend` is passed to torch.compile.
+    `backend` is passed to torch.compile; None: run them eagerly.
     """
     global _backend
     before, _backend = _backend, backend

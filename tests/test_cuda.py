@@ -9,6 +9,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import train
+from chronomoe.fusion import fusion
 from tests.helpers.models import assert_same, build, chrono, state_of, tokens, training_step
 from tests.helpers.runs import arguments, differing_state, metrics
 from trainer.device import deterministic_algorithms
@@ -20,14 +21,19 @@ bfloat16 = partial(torch.autocast, "cuda", dtype=torch.bfloat16)
 SHAPE = dict(block_size=128, vocab_size=257, n_head=4, n_embd=128, use_switch_tfm_init=True, router_use_full_prec=True)
 
 
-def slice_on_gpu(n_layer=4, compiled=False):
+@pytest.fixture(autouse=True)
+def fused():
+    """Kernels are fused, as in train.py."""
+    with fusion():
+        yield
+
+
+def slice_on_gpu(n_layer=4, compiled=False, cuda_graphs=False):
     """Model, loop, 20 batches, and step(number, logged), which takes a TrainingStep and returns its loss."""
     model, loop = build(chrono(eta=0.05, bridge_threshold=0.01), device="cuda", n_layer=n_layer, **SHAPE)
-    if compiled:
-        loop.compile()
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cuda")
     forward = torch.compile(model, fullgraph=True) if compiled else None
-    step = training_step(model, loop, optimizer, autocast=bfloat16, forward=forward)
+    step = training_step(model, loop, optimizer, autocast=bfloat16, forward=forward, cuda_graphs=cuda_graphs)
     batches = [tuple(x.cuda() for x in tokens(seed, batch=16, model=model)) for seed in range(20)]
     return model, loop, batches, lambda n, logged=True: step([batches[n % 20]], n, logged=logged).trace.cross_entropy
 
@@ -48,9 +54,9 @@ def test_a_step_does_not_synchronize(logged):
     assert loop.coherence.step == 6
 
 
-def twenty_steps(compiled):
+def twenty_steps(**options):
     """State after 20 steps, the losses, and phi after the first step."""
-    model, loop, _, step = slice_on_gpu(compiled=compiled)
+    model, loop, _, step = slice_on_gpu(**options)
     first = step(1)
     phi = loop.coherence.phi("slow").clone()
     losses = torch.stack([first, *(step(number) for number in range(2, 21))])
@@ -60,30 +66,38 @@ def twenty_steps(compiled):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_two_runs_with_deterministic_algorithms_are_bit_equal(compiled):
     with deterministic_algorithms():
-        assert_same(twenty_steps(compiled), twenty_steps(compiled))
+        assert_same(twenty_steps(compiled=compiled), twenty_steps(compiled=compiled))
 
 
-def test_a_compiled_model_computes_what_the_eager_one_does():
+def test_steps_replayed_as_graphs_are_bit_equal_to_steps_without_graphs():
+    with deterministic_algorithms():
+        assert_same(twenty_steps(cuda_graphs=True), twenty_steps())
+
+
+def test_a_fused_and_a_compiled_model_compute_what_the_eager_one_does():
     """In the first step; later, rounding in bfloat16 changes the routing of single tokens, and runs diverge."""
-    eager, compiled = twenty_steps(False), twenty_steps(True)
-    torch.testing.assert_close(compiled["losses"][0], eager["losses"][0], rtol=5e-3, atol=0)
-    torch.testing.assert_close(compiled["first phi"], eager["first phi"], rtol=0, atol=0.05)
-    assert (compiled["losses"][-1] - eager["losses"][-1]).abs() < 0.1 * (eager["losses"][0] - eager["losses"][-1])
+    with fusion(None):
+        eager = twenty_steps()
+    for found in (twenty_steps(), twenty_steps(compiled=True)):
+        torch.testing.assert_close(found["losses"][0], eager["losses"][0], rtol=5e-3, atol=0)
+        torch.testing.assert_close(found["first phi"], eager["first phi"], rtol=0, atol=0.05)
+        assert (found["losses"][-1] - eager["losses"][-1]).abs() < 0.1 * (eager["losses"][0] - eager["losses"][-1])
 
 
-def test_the_number_of_kernels_of_the_loop_does_not_depend_on_the_number_of_layers_and_compiling_lowers_it():
+def test_the_number_of_kernels_of_the_loop_does_not_depend_on_the_number_of_layers_and_fusing_lowers_it():
     counts = []
-    for compiled, n_layer in ((False, 4), (False, 32), (True, 4), (True, 32)):
-        model, loop, batches, _ = slice_on_gpu(n_layer, compiled)
-        trace = model(*batches[0], return_trace=True, logged=False)[2]
-        for _ in range(3):
-            loop.step(trace)
-        torch.cuda.synchronize()
-        with profile(activities=[ProfilerActivity.CUDA]) as seen:
-            loop.step(trace)
+    for backend, n_layer in ((None, 4), (None, 32), ("inductor", 4), ("inductor", 32)):
+        with fusion(backend):
+            model, loop, batches, _ = slice_on_gpu(n_layer)
+            trace = model(*batches[0], return_trace=True, logged=False)[2]
+            for _ in range(3):
+                loop.step(trace)
             torch.cuda.synchronize()
+            with profile(activities=[ProfilerActivity.CUDA]) as seen:
+                loop.step(trace)
+                torch.cuda.synchronize()
         counts.append(sum(e.count for e in seen.key_averages() if e.self_device_time_total > 0))
-    assert counts[0] == counts[1] > counts[2] == counts[3] > 0
+    assert counts[0] == counts[1] > 12 >= counts[2] == counts[3] > 0
 
 
 def test_memory_does_not_grow():
