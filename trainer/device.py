@@ -71,7 +71,7 @@ def kernel_fusion(compile: bool, fuse: bool, device: torch.device) -> tuple[Abst
         if compile:
             raise UserError(f"compile=True needs torch.compile, which failed: {reason}") from None
         return nullcontext(), [f"kernels are not fused, so small steps take longer: torch.compile failed: {reason}"]
-    return fusion(), []
+    return fusion(), ["the first steps are slow, because torch.compile runs"]
 
 
 def autocast_context(dtype: str, device: torch.device) -> Autocast:
