@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chronomoe.config import ChronoConfig
-from chronomoe.fusion import fused
+from chronomoe.fuse import fused
 from chronomoe.options import check_options, option
 from chronomoe.router import ChronoRouter, RouterBias, RouterState, Routing
 from chronomoe.statistics import collect_trace

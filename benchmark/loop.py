@@ -16,7 +16,7 @@ from benchmark.layer import competitors
 from benchmark.scaling import Traffic
 from benchmark.step import SliceStep, recorded_calls
 from benchmark.timing import Effort, Report, time_in_turns
-from chronomoe.fusion import fusion
+from chronomoe.fuse import fusion
 from trainer.data import TokenData
 
 

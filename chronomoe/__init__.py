@@ -2,13 +2,15 @@
 
 One file per step of the loop: router.py (step 1), coherence.py (step 2), beta.py (step 3), bridge.py (step 4),
 lifecycle.py (step 5). statistics.py reduces what the routers did to the sums of a MoETrace (trace.py), loop.py updates
-all state from it, metrics.py names what is logged. This package imports torch only: no trainer, no model.
+all state from it, metrics.py names what is logged, fuse.py compiles small operators. This package
+imports torch only: no trainer, no model.
 """
 
 from chronomoe.beta import update_beta
 from chronomoe.bridge import compute_flip_rate, compute_js_divergence, compute_relevance
 from chronomoe.coherence import CoherenceBuffer, CoherenceState
 from chronomoe.config import ChronoConfig
+from chronomoe.fuse import fusion
 from chronomoe.lifecycle import LifecycleCoordinator, PruneDecision
 from chronomoe.loop import ChronoLoop
 from chronomoe.router import ChronoRouter, RouterBias, RouterState, Routing
@@ -33,5 +35,6 @@ __all__ = [
     "compute_flip_rate",
     "compute_js_divergence",
     "compute_relevance",
+    "fusion",
     "update_beta",
 ]

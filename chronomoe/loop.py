@@ -16,7 +16,7 @@ from torch import Tensor
 
 from chronomoe.beta import derangement, update_beta
 from chronomoe.coherence import CLOCKS, CoherenceBuffer, CoherenceState
-from chronomoe.fusion import fused
+from chronomoe.fuse import fused
 from chronomoe.lifecycle import REASONS, LifecycleCoordinator, PruneDecision
 from chronomoe.metrics import expert_id, layer_metric, metrics
 from chronomoe.router import RouterState

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from chronomoe.bridge import clean_rank, disagreement_per_token, js_per_token, overlap_per_token
 from chronomoe.config import ChronoConfig
-from chronomoe.fusion import fused
+from chronomoe.fuse import fused
 from chronomoe.router import Routing
 from chronomoe.trace import MoETrace
 

@@ -9,7 +9,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import train
-from chronomoe.fusion import fusion
+from chronomoe.fuse import fusion
 from tests.helpers.models import assert_same, build, chrono, state_of, tokens, training_step
 from tests.helpers.runs import arguments, differing_state, metrics
 from trainer.device import deterministic_algorithms

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import model as model_module
 from chronomoe import ChronoConfig
-from chronomoe.fusion import fusion
+from chronomoe.fuse import fusion
 from ops.cross_entropy import linear_cross_entropy
 from tests.helpers import models
 from tests.helpers.models import adamw, assert_same, build, chrono, loop_state, state_of, tokens, train_step

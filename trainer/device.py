@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
-from chronomoe.fusion import fusion
+from chronomoe.fuse import fusion
 from trainer.distributed import World
 from trainer.errors import UserError
 
