@@ -49,6 +49,22 @@ def test_first_and_second_derivatives_of_dispatch_and_combine_are_right():
         assert check(lambda x, g: from_experts(to_experts(x, plan) ** 2, g, plan), (x, gates))
 
 
+def test_the_gradient_of_tokens_in_bfloat16_is_summed_over_choices_in_float32():
+    plan = plan_dispatch(torch.tensor([[0, 1, 2]]), 3)
+    x = torch.ones(1, 2, requires_grad=True)
+    rows = to_experts(x, plan, torch.bfloat16)
+    assert rows.dtype == torch.bfloat16
+    rows.backward(torch.tensor([[256.0, 1], [1, 1], [1.5, 1]]).bfloat16())
+    assert torch.equal(x.grad, torch.tensor([[258.0, 3]]))  # 257 is not a bfloat16 number, 258 is
+
+
+def test_there_can_be_more_experts_than_an_int16_holds():
+    plan = plan_dispatch(torch.tensor([[40_000], [7], [39_999], [32_768]]), 40_001)
+    assert plan.experts.tolist() == [7, 32_768, 39_999, 40_000]
+    assert plan.tokens.tolist() == [1, 3, 2, 0]
+    assert plan.offsets[[6, 7, 39_998, 39_999, 40_000]].tolist() == [0, 1, 2, 3, 4]
+
+
 @pytest.mark.parametrize("trained", [["c_fc"], ["fc_bias"], ["c_fc", "c_proj", "fc_bias", "proj_bias"]])
 def test_second_derivatives_of_the_loop_over_experts_are_refused(trained):
     """Its backward uses saved hidden rows as constants, so they would be wrong."""
