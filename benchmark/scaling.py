@@ -65,7 +65,7 @@ FORMULAS: dict[str, Callable[[Sizes], int]] = {
         40 * s.K * s.N * s.D + 28 * s.K * s.N + 4 * s.N * s.E + 4 * s.N + 4 * s.E
     ),
     "layer: operators, a loop over experts": lambda s: 66 + s.K + 9 * s.E,
-    "layer: operators, experts grouped": lambda s: 82 + s.K,
+    "layer: operators, experts grouped": lambda s: 84 + s.K,
     "statistics: operators": lambda s: 4 + 25 * groups(s) + 2 * (groups(s) > 1),
     "statistics: bytes read and written": lambda s: 4 * s.L * (46 * s.N * s.E + 6 * s.N + 4 * s.E * s.D),
     "loop: operators": lambda s: 87,
