@@ -30,7 +30,7 @@ STATISTICS = (
     (model_module, "collect_trace"),
     (model_module, "row_weights"),
     (experts_module, "_weighted_sum"),
-    (experts_module, "_weighted_sums_by_mask"),
+    (experts_module, "segment_sums"),
 )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ops.autograd import refuse_second_derivatives
 from ops.dispatch import Dispatch, rows_per_expert
+from ops.segment_sums import segment_sums
 
 # Compute capabilities with a kernel for grouped_mm. Elsewhere it is a loop that synchronizes for each expert.
 GROUPED_CAPABILITIES = ((9, 0), (10, 0))
@@ -76,13 +77,11 @@ class MLPExperts(nn.Module):
 
     def _forward_grouped(self, rows: Tensor, plan: Dispatch, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
         one_hot = None
-        if self.fc_bias is not None or weights is not None:
+        if self.fc_bias is not None:
             one_hot = plan.experts.unsqueeze(-1) == torch.arange(len(self.c_fc), device=rows.device)
         h = _grouped_linear(rows, self.c_fc, self.fc_bias, plan, one_hot)
         y = self.dropout(_grouped_linear(F.gelu(h), self.c_proj, self.proj_bias, plan, one_hot))
-        if weights is None or one_hot is None:
-            return y, None
-        return y, _weighted_sums_by_mask(weights, y, one_hot)
+        return y, None if weights is None else segment_sums(weights, y, plan.offsets)
 
 
 class _ExpertLoop(torch.autograd.Function):
@@ -158,11 +157,3 @@ def _grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Dispat
 def _weighted_sum(weights: Tensor, y: Tensor) -> Tensor:
     """weights [W, n] @ y [n, D] in the dtype of weights: phi from bfloat16 sums has an error of 2e-3."""
     return torch.mm(weights, y.detach().to(weights.dtype))
-
-
-@torch.no_grad()
-def _weighted_sums_by_mask(weights: Tensor, y: Tensor, one_hot: Tensor) -> Tensor:
-    """Each expert's sums [W, E, D] of outputs y [S, D] by weights [W, S]; one_hot [S, E]: the expert of each row."""
-    with torch.autocast(weights.device.type, enabled=False):
-        per_expert = one_hot.t() * weights.unsqueeze(1)  # [W, E, S]
-        return (per_expert.flatten(0, 1) @ y.to(weights.dtype)).view(len(weights), one_hot.shape[1], -1)

@@ -10,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import train
 from chronomoe.fuse import fusion
+from ops.segment_sums import segment_sums
 from tests.helpers.models import assert_same, build, chrono, state_of, tokens, training_step
 from tests.helpers.runs import arguments, differing_state, metrics
 from trainer.device import deterministic_algorithms
@@ -126,6 +127,31 @@ def test_grouped_mm_is_used_in_bfloat16_and_agrees_with_the_loop_over_experts():
     for chosen, by_groups, by_loop in zip(*outputs):
         assert torch.equal(chosen, by_groups)
         assert (by_groups - by_loop).norm() < 0.02 * by_loop.norm()
+
+
+@pytest.mark.parametrize("sizes", [[5000, 0, 3, 2997], [0, 0, 0, 8000], [2000] * 4, [0, 0, 0, 0]])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_sums_per_expert_agree_with_float64_and_repeat_bit_for_bit(sizes, dtype):
+    S, D = sum(sizes), 200
+    weights, y = torch.rand(2, S, device="cuda"), torch.randn(S, D, device="cuda", dtype=dtype, requires_grad=True)
+    offsets = torch.tensor(sizes, device="cuda").cumsum(0).int()
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        sums = segment_sums(weights, y, offsets)
+        torch.cuda.synchronize()
+    assert {"_sum_chunks", "_add_parts"} <= {e.key for e in seen.key_averages()}
+    assert torch.equal(segment_sums(weights, y, offsets), sums) and not sums.requires_grad
+    compiled = torch.compile(segment_sums, fullgraph=True, dynamic=False)(weights, y, offsets)
+    expected, size = (segment_sums(weights.double(), x, offsets) for x in (y, y.abs()))
+    assert all(((found - expected).abs() <= 1e-6 * size).all() for found in (sums, compiled))
+
+
+def test_a_row_that_is_not_finite_changes_the_sums_of_its_expert_only():
+    weights, y = torch.rand(2, 900, device="cuda"), torch.randn(900, 64, device="cuda")
+    offsets = torch.tensor([300, 300, 500, 900], device="cuda").int()
+    expected = segment_sums(weights, y, offsets)
+    y[499, 3] = torch.nan
+    changed = (segment_sums(weights, y, offsets) != expected).nonzero().tolist()
+    assert changed == [[0, 2, 3], [1, 2, 3]]
 
 
 SLICE = dict(device="cuda", wandb_log=False)
