@@ -1,1 +1,1 @@
-"""Tensor operations of the MoE layer and the loss: dispatch, expert kernels, chunked cross-entropy. Torch only."""
+"""Tensor operations of the MoE layer and the loss: dispatch, expert kernels, sums per expert, chunked cross-entropy."""
