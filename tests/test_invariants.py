@@ -122,6 +122,7 @@ def test_fused_functions_are_one_graph_each_and_compute_what_they_do_eagerly(cha
     assert len(graphs) == 4  # layer, two kinds of sums, loop
     torch.testing.assert_close(found["losses"], eager["losses"], rtol=1e-5, atol=0)
     torch.testing.assert_close(loop_state(other), loop_state(loop), rtol=1e-5, atol=1e-5)
+    torch._dynamo.reset()
     train(config, **options)
     assert len(graphs) == 4  # outside of the block nothing is compiled
 
