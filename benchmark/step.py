@@ -74,9 +74,17 @@ class SliceStep:
         generator = torch.Generator().manual_seed(1)
         ids = torch.randint(config.vocab_size, (rows, config.block_size + 1), generator=generator).to(device)
         self.batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        self.always_logged = False
 
     def __call__(self, logged: bool = False) -> StepResult:
-        return self.step([self.batch], step=1, logged=logged)
+        return self.step([self.batch], step=1, logged=logged or self.always_logged)
+
+    def compile(self) -> None:
+        """Compile model and loop, as train.py does with compile=True."""
+        torch._dynamo.config.capture_scalar_outputs = True
+        self.step.forward = torch.compile(self.model)
+        self.loop.compile()
+        self.always_logged = True  # as in train.py: a second kind of step would be a second graph
 
     def logged(self) -> None:
         """Take a training step that logs: compute all metrics and copy them to the host."""
