@@ -49,7 +49,7 @@ from benchmark import layer, markdown, rates
 from benchmark.rates import make_dense
 from benchmark.stages import Stage, run_stages
 from benchmark.step import SliceStep
-from benchmark.timing import Effort, Report, time_in_turns
+from benchmark.timing import Effort, Report, time_in_turns, verdict
 from chronomoe.options import option, options_of
 from trainer import cli
 from trainer.device import deterministic_algorithms
@@ -64,6 +64,7 @@ SHAPES = rates.ON_GPU | {
     "GPT-2": GPT2 | dict(top_k=1, norm_topk_prob=False, batch_size=16),  # 124 M active parameters
 }
 VARIANTS: dict[str, Callable[[SliceStep], object]] = {"eager": lambda step: None, "compiled": SliceStep.compile}
+CUDA_TESTS = "tests/test_cuda.py"  # collecting all tests would import what only others need
 CONFIGS = ("vertical_slice", "beta_off", "plain")
 
 
@@ -144,17 +145,22 @@ def measure_step(report: Report, device: torch.device, shape: str, variant: str)
 
 def run_tests(report: Report, device: torch.device) -> None:
     """Run the tests marked `cuda`. After a crash, the tests that follow run in a new process."""
+    import pytest
+
     from benchmark import outcomes  # the plugin, which writes the tables itself
 
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "benchmark.outcomes", "-p", "no:cacheprovider"]
-    status, before = -1, -1
-    # 0 or 1: all tests ran; 5: none was left
-    while status not in (0, 1, 5):
-        if len(outcomes.seen()) == before:
-            raise RuntimeError(f"pytest ended with status {status} before it ran a test")
+    command = [sys.executable, "-m", "pytest", "-m", "cuda", "-p", "benchmark.outcomes", "-p", "no:cacheprovider"]
+    command += ["--tb=short"]  # the long form prints tensors
+    command += ["-o", "faulthandler_timeout=60", "-o", "faulthandler_exit_on_timeout=true"]  # seconds per test
+    command += [CUDA_TESTS]
+    while True:
         before = len(outcomes.seen())
-        # the one file, because collecting all imports what only other tests need
-        status = subprocess.run([*command, "tests/test_cuda.py"], cwd=ROOT).returncode
+        status = subprocess.run(command, cwd=ROOT).returncode
+        checks = [*outcomes.seen().values()]
+        if len(checks) == before and (status != pytest.ExitCode.NO_TESTS_COLLECTED or not checks):
+            raise RuntimeError(f"pytest ended with status {status} before it ran a test")
+        if len(checks) == before or checks[-1]["detail"] != outcomes.STARTED:
+            return
 
 
 def measure_training(report: Report, device: torch.device) -> None:
@@ -165,14 +171,16 @@ def measure_training(report: Report, device: torch.device) -> None:
             command = [sys.executable, "train.py", f"config/{name}.py", f"--out_dir={folder}", *changes]
             status = subprocess.run(command, cwd=ROOT).returncode
             text = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8") if status == 0 else ""
-        report.checks("train", "runs of train.py that end without an error", [(name, status == 0, f"exit status {status}")])
+        check = (name, status == 0, f"exit status {status}")
+        report.checks("train", "runs of train.py that end without an error", [check])
         lines = [json.loads(line) for line in text.splitlines()]
         if lines:
             ms = statistics.median([line["time/step_ms"] for line in lines if "time/step_ms" in line][2:])
             numbers = [("validation loss", lines[-1]["val/loss"], "nats per token"), ("step", ms, "ms")]
             if "time/mfu" in lines[-1]:
                 numbers.append(("MFU, last line", 100 * lines[-1]["time/mfu"], "%"))
-            report.numbers("train", "runs of train.py, 600 steps", [(f"{name}: {what}", *rest) for what, *rest in numbers])
+            named = [(f"{name}: {what}", value, unit) for what, value, unit in numbers]
+            report.numbers("train", "runs of train.py, 600 steps", named)
 
 
 def measure_waits(report: Report, device: torch.device) -> None:
@@ -218,7 +226,7 @@ STAGES: dict[str, tuple[float, Callable[[Report, torch.device], object]]] = {
     "step-nanoMoE": (25, partial(measure_step, shape="nanoMoE", variant="eager")),
     "step-GPT-2": (35, partial(measure_step, shape="GPT-2", variant="eager")),
     "tests": (110, run_tests),
-    "train": (60, measure_training),
+    "train": (75, measure_training),
     "step-slice": (20, partial(measure_step, shape="slice", variant="eager")),
     "waits": (20, measure_waits),
     "kernels": (25, measure_kernels),
@@ -312,7 +320,11 @@ def main(arguments: list[str]) -> int:
     tables = [table for result in results for table in result.tables]
     for target in targets(tables):
         print("  ".join(f"{text:{width}}" for text, width in zip(markdown.target_cells(target), (64, 14, 24, 12))))
-    return int(any(result.status in ("failed", "timeout") for result in results))
+    failed = [check for table in tables for check in table.get("checks", []) if check["ok"] is False]
+    for check in failed:
+        print(f"{check['name']}: {verdict(check)}")
+    print(f"{len(failed)} checks failed; results: {out / 'gpu.json'}, {out / 'gpu.md'}")
+    return int(bool(failed) or any(result.status in ("failed", "timeout") for result in results))
 
 
 def save_results(out: Path, command: str, stages: list[dict]) -> None:

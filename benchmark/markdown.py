@@ -23,9 +23,7 @@ def document(results: dict) -> str:
     tables = results.get("tables", [])
     if "stages" in results:
         stages = results["stages"]
-        ended = [
-            [s["name"], f"{s['seconds']:.0f} s", ": ".join(filter(None, (s["status"], s["reason"])))] for s in stages
-        ]
+        ended = [(s["name"], f"{s['seconds']:.0f} s", f"{s['status']}: {s['reason']}".strip(": ")) for s in stages]
         parts += ["**Stages**", grid(["", "time", ""], ended)]
         tables = [table for stage in stages for table in stage["tables"]]
     for table in tables:

@@ -13,20 +13,19 @@ from pathlib import Path
 
 import pytest
 
-FILE = Path(os.environ["OUTCOMES"])
 TITLE = "tests marked cuda"
 STARTED = "the process ended during this test"  # unless a later line has its outcome
 
 
 def seen() -> dict[str, dict]:
     """The last outcome of each test in the file."""
-    lines = FILE.read_text(encoding="utf-8").splitlines() if FILE.exists() else []
+    lines = Path(os.environ["OUTCOMES"]).read_text(encoding="utf-8").splitlines()
     return {check["name"]: check for line in lines for check in json.loads(line).get("checks", [])}
 
 
 def write(test: str, ok: bool, detail: str) -> None:
     check = {"name": test.partition("::")[2], "ok": ok, "detail": detail}
-    with FILE.open("a", encoding="utf-8") as f:
+    with open(os.environ["OUTCOMES"], "a", encoding="utf-8") as f:
         f.write(json.dumps({"part": "tests", "title": TITLE, "checks": [check]}) + "\n")
 
 
