@@ -24,6 +24,7 @@ from trainer.errors import UserError, first_line, run_script  # first, so that C
 
 # isort: split
 
+import faulthandler
 import json
 import os
 import platform
@@ -251,6 +252,7 @@ def run_stage(name: str, file: str) -> None:
         with open(file, "a", encoding="utf-8") as f:
             f.write(json.dumps(table) + "\n")
 
+    faulthandler.enable()
     os.environ["OUTCOMES"] = file  # for benchmark.outcomes
     torch.set_float32_matmul_precision("high")  # as train.py does
     STAGES[name][1](Report(on_table=write), torch.device("cuda"))

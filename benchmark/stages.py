@@ -88,7 +88,9 @@ def _run(stage: Stage, result: Result, folder: Path, limit: float, environment: 
             status = process.wait(timeout=limit)
         result.status = "ok" if status == 0 else "failed"
         if status != 0:
-            result.reason = f"{_meaning(status)}: {_last_line(log)}"
+            result.reason = (
+                f"exit status {status}: {_last_line(log)}" if status > 0 else f"{_signal(status)}, see {log.name}"
+            )
     except subprocess.TimeoutExpired:
         result.status, result.reason = "timeout", f"ended after {limit:.0f} s"
     except KeyboardInterrupt:
@@ -114,10 +116,8 @@ def _process_group(command: list[str], output, environment: Mapping[str, str] | 
         process.wait()
 
 
-def _meaning(status: int) -> str:
-    """The exit status in words."""
-    if status >= 0:
-        return f"exit status {status}"
+def _signal(status: int) -> str:
+    """The signal that ended a process."""
     with contextlib.suppress(ValueError):
         return signal.Signals(-status).name
     return f"signal {-status}"
