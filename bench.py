@@ -5,6 +5,7 @@
     python bench.py step memory            some parts
     python bench.py --json > bench.json    results as JSON on stdout, tables on stderr
     python bench.py profile --against=../old             also the training step of another checkout
+    python -m benchmark.gpu                              tests, training runs, timings and targets on a GPU
     torchrun --standalone --nproc_per_node=2 bench.py    what several ranks add to a step
 
 parts: layer    the MoE layer, a dense MLP with as many multiplications, and one-hot dispatch
@@ -20,7 +21,7 @@ parts: layer    the MoE layer, a dense MLP with as many multiplications, and one
 Competitors take turns within one run, so that a change of the machine's speed affects all of them. Layers are timed in
 three processes. Tables show medians, and ratios to the first competitor with their interquartile range. A ratio is
 marked as noisy if its 95% interval is wider than 5% on either side, or if the processes disagree. On CUDA the experts
-run in bfloat16, and kernels are fused as in train.py.
+run in bfloat16, kernels are fused as in train.py, and a turn is four calls.
 """
 
 from __future__ import annotations

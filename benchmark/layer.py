@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmark import one_hot
+from benchmark.grouped import GroupedLayer, gated_width
 from benchmark.timing import Effort, Report, autocast, time_in_turns
 from chronomoe import ChronoConfig, RouterBias, collect_trace
 from model import MLP, GPTConfig, MOELayer
@@ -24,6 +25,7 @@ PAIRS = [
     ("one-hot dispatch", "MoE layer, balanced"),
     ("MoE layer, balanced", "transformers, eager"),
     ("MoE layer, balanced", "transformers, grouped_mm"),
+    ("MoE layer, balanced", "grouped layer"),
 ]
 ROOT = Path(__file__).parent.parent
 PROCESSES = 3
@@ -42,16 +44,21 @@ def measure(report: Report, device: torch.device, effort: Effort, quick: bool) -
         shapes += [(4096, 128, E, 2) for E in (16, 64)] + [(4096, 128, 8, K) for K in (1, 4)]
         shapes += [(4096, 256, 8, 2), (4096, 384, 8, 2), (4096, 384, 64, 2), (16384, 384, 8, 2), (4096, 768, 8, 2)]
     for shape in shapes:
-        N, D, E, K = shape
         if quick:
             answers = [timed(shape, device, effort)]
         else:
             part = Effort(effort.seconds / PROCESSES, 4, effort.most)
             answers = [timed_in_process(shape, device, part) for _ in range(PROCESSES)]
-        skew = answers[0]["skew"]
-        title = f"MoE layer, forward and backward: N={N}, D={D}, E={E}, K={K}"
-        title += f"; skewed: the largest expert has {skew:.1f} times the mean load"
-        report.comparison("layer", title, [answer["times"] for answer in answers], PAIRS, N=N, D=D, E=E, K=K, skew=skew)
+        compare(report, shape, answers)
+
+
+def compare(report: Report, shape: tuple[int, int, int, int], answers: list[dict]) -> None:
+    """Add the table of a shape (N, D, E, K), with the answers of `timed` from one or several processes."""
+    N, D, E, K = shape
+    skew = answers[0]["skew"]
+    title = f"MoE layer, forward and backward: N={N}, D={D}, E={E}, K={K}"
+    title += f"; skewed: the largest expert has {skew:.1f} times the mean load"
+    report.comparison("layer", title, [answer["times"] for answer in answers], PAIRS, N=N, D=D, E=E, K=K, skew=skew)
 
 
 def timed(shape: tuple[int, int, int, int], device: torch.device, effort: Effort) -> dict:
@@ -115,6 +122,8 @@ def competitors(N: int, D: int, E: int, K: int, device: torch.device) -> tuple[d
     }
     if one_hot.bytes_of_largest(N, E, K) <= MAX_BYTES:
         work["one-hot dispatch"] = both_passes(moe, x, grad, lambda: one_hot.forward(moe, x, even, False)[0])
+    grouped = GroupedLayer(D, E, K, generator).to(device)
+    work["grouped layer"] = both_passes(grouped, x, grad, lambda: grouped(x))
     for implementation in ("eager", "grouped_mm"):
         if (block := mixtral(D, E, K, implementation, generator)) is not None:
             # autocast does not cover its grouped_mm
@@ -126,17 +135,15 @@ def competitors(N: int, D: int, E: int, K: int, device: torch.device) -> tuple[d
 def mixtral(D: int, E: int, K: int, implementation: str, generator: torch.Generator) -> nn.Module | None:
     """The Mixtral layer of Hugging Face transformers with nearly as many multiplications; None if not installed.
 
-    Its gated experts have three products, so their width is 8 / 3 D, rounded to a multiple of 8, instead of 4 D. It has
-    no capacity and no statistics, and its router applies softmax before top-k.
+    It has no capacity and no statistics, and its router applies softmax before top-k.
     """
     try:
         from transformers import MixtralConfig
         from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
     except ImportError:
         return None
-    width = round(D / 3) * 8
     config = MixtralConfig(
-        hidden_size=D, intermediate_size=width, num_local_experts=E, num_experts_per_tok=K,
+        hidden_size=D, intermediate_size=gated_width(D), num_local_experts=E, num_experts_per_tok=K,
         experts_implementation=implementation,
     )  # fmt: skip
     block = MixtralSparseMoeBlock(config)

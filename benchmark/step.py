@@ -19,6 +19,7 @@ from chronomoe.config import STEPS
 from model import GPT, GPTConfig
 from trainer.checkpointer import Checkpointer, copy_to_cpu
 from trainer.distributed import World
+from trainer.graphs import GraphedBackward
 from trainer.guard import NonFiniteGuard
 from trainer.progress import Progress
 from trainer.settings import given
@@ -74,9 +75,20 @@ class SliceStep:
         generator = torch.Generator().manual_seed(1)
         ids = torch.randint(config.vocab_size, (rows, config.block_size + 1), generator=generator).to(device)
         self.batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        self.always_logged = False
 
     def __call__(self, logged: bool = False) -> StepResult:
-        return self.step([self.batch], step=1, logged=logged)
+        return self.step([self.batch], step=1, logged=logged or self.always_logged)
+
+    def compile(self) -> None:
+        """Compile the model, as train.py does with compile=True."""
+        torch._dynamo.config.capture_scalar_outputs = True
+        self.step.forward = torch.compile(self.model)
+        self.always_logged = True  # as in train.py: a second kind of step would be a second graph
+
+    def use_graphs(self) -> None:
+        """Replay forward and backward as CUDA graphs, as train.py does with cuda_graphs=True."""
+        self.step.backward = GraphedBackward(self.step.backward, self.model.parameters())
 
     def logged(self) -> None:
         """Take a training step that logs: compute all metrics and copy them to the host."""

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 Times = dict[str, list[float]]  # ms of each turn, by competitor
+CALLS_ON_CUDA = 4  # per turn: the host runs ahead of the GPU, as in training
 MAX_ERROR = 0.05  # a ratio is noisy if its 95% interval extends further than this on either side
 
 
@@ -69,6 +70,7 @@ def autocast(device: torch.device):
 def time_in_turns(competitors: dict[str, Callable[[], object]], device: torch.device, effort: Effort) -> Times:
     """Time the competitors in turns, after two turns of warm-up."""
     names = list(competitors)
+    calls = CALLS_ON_CUDA if device.type == "cuda" else 1
     times: Times = {name: [] for name in names}
     began = time.perf_counter()
     turn = -2
@@ -77,9 +79,10 @@ def time_in_turns(competitors: dict[str, Callable[[], object]], device: torch.de
             began = time.perf_counter()
         for name in names if turn % 2 == 0 else reversed(names):
             start = clock(device)
-            competitors[name]()
+            for _ in range(calls):
+                competitors[name]()
             if turn >= 0:
-                times[name].append((clock(device) - start) * 1000)
+                times[name].append((clock(device) - start) * 1000 / calls)
         turn += 1
     return times
 
@@ -147,6 +150,11 @@ def format_ratio(row: Row) -> str:
     return f"{row.ratio:6.3f} ({row.low:.3f} to {row.high:.3f}){note}"
 
 
+def format_number(value: float) -> str:
+    """Whole numbers with all digits, others with four."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+
+
 def as_json(row: Row) -> dict:
     return vars(row) | {"noisy": row.noisy}
 
@@ -156,11 +164,17 @@ class Report:
 
     Args:
         quiet: print to stderr, because stdout is for JSON.
+        on_table: called with each table when it is added.
     """
 
-    def __init__(self, quiet: bool = False):
+    def __init__(self, quiet: bool = False, on_table: Callable[[dict], object] = lambda table: None):
         self.quiet = quiet
+        self.on_table = on_table
         self.tables: list[dict] = []
+
+    def _add(self, table: dict) -> None:
+        self.tables.append(table)
+        self.on_table(table)
 
     def info(self, line: str) -> None:
         """Print a line."""
@@ -194,14 +208,27 @@ class Report:
             "rows": [as_json(row) for row in found],
             "pairs": {name: as_json(row) for name, row in others.items()},
         }
-        self.tables.append({"part": part, "title": title} | table | facts)
+        self._add({"part": part, "title": title} | table | facts)
 
     def numbers(self, part: str, title: str, lines: list[tuple[str, float, str]], **facts) -> None:
         """Add a table of numbers: (name, value, unit)."""
         width = max(28, *(len(name) for name, _, _ in lines))
         self.info(f"\n{title}")
         for name, value, unit in lines:
-            number = f"{value:14,}" if isinstance(value, int) else f"{value:14,.4g}"
-            self.info(f"  {name:{width}} {number} {unit}")
+            self.info(f"  {name:{width}} {format_number(value):>14} {unit}")
         numbers = [{"name": name, "value": value, "unit": unit} for name, value, unit in lines]
-        self.tables.append({"part": part, "title": title, "numbers": numbers} | facts)
+        self._add({"part": part, "title": title, "numbers": numbers} | facts)
+
+    def checks(self, part: str, title: str, found: list[tuple[str, bool | None, str]]) -> None:
+        """Add a table of checks: (name, whether it passed, detail). None instead of True or False: a fact."""
+        checks = [{"name": name, "ok": ok, "detail": detail} for name, ok, detail in found]
+        self.info(f"\n{title}")
+        for check in checks:
+            self.info(f"  {check['name']:28} {verdict(check)}")
+        self._add({"part": part, "title": title, "checks": checks})
+
+
+def verdict(check: dict) -> str:
+    """A check as text: its detail, preceded by 'ok' or 'failed'."""
+    word = {True: "ok", False: "failed", None: ""}[check["ok"]]
+    return ": ".join(filter(None, (word, check["detail"])))

@@ -10,6 +10,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import train
 from chronomoe.fuse import fusion
+from ops.dispatch import plan_dispatch
+from ops.experts import MLPExperts
 from ops.segment_sums import segment_sums
 from tests.helpers.models import assert_same, build, chrono, state_of, tokens, training_step
 from tests.helpers.runs import arguments, differing_state, metrics
@@ -152,6 +154,30 @@ def test_a_row_that_is_not_finite_changes_the_sums_of_its_expert_only():
     y[499, 3] = torch.nan
     changed = (segment_sums(weights, y, offsets) != expected).nonzero().tolist()
     assert changed == [[0, 2, 3], [1, 2, 3]]
+
+
+def test_gradients_of_experts_without_tokens_are_zero():
+    """grouped_mm must write zeros: the memory that it gets holds NaN here."""
+    experts = MLPExperts(8, 128, bias=True, dropout=0.0).cuda()
+    generator = torch.Generator("cuda").manual_seed(0)
+    for p in experts.parameters():
+        p.data.normal_(std=0.02, generator=generator)
+    with_tokens, without = torch.tensor([1, 2, 4, 5, 6], device="cuda"), [0, 3, 7]
+    choice = with_tokens[torch.randint(5, (4096, 1), device="cuda", generator=generator)]
+    rows, grad = (torch.randn(4096, 128, device="cuda", generator=generator) for _ in range(2))
+    found = []
+    for grouped in (True, False):
+        experts.use_grouped_mm = grouped
+        torch.full((1 << 26,), torch.nan, device="cuda")  # freed at once
+        experts.zero_grad()
+        x = rows.clone().requires_grad_()
+        with bfloat16():
+            y, sums = experts(x, plan_dispatch(choice, 8), torch.ones(1, 4096, device="cuda"))
+        y.backward(grad.to(y.dtype))
+        found.append([y.detach().float(), sums, x.grad, *(p.grad for p in experts.parameters())])
+        assert all(p.grad[without].eq(0).all() for p in experts.parameters())
+    for by_groups, by_loop in zip(*found):
+        assert (by_groups - by_loop).norm() < 0.02 * by_loop.norm()
 
 
 SLICE = dict(device="cuda", wandb_log=False)
