@@ -282,9 +282,10 @@ class GPT(nn.Module):
             else:
                 logits, cross_entropy = None, linear_cross_entropy(x, self.lm_head.weight, targets)
             loss = cross_entropy
-            if self.training and self.config.use_aux_loss:
+            # without layers the sums are constants, which Inductor folds; the loss would lose its gradient
+            if layers and self.training and self.config.use_aux_loss:
                 loss = loss + self.config.aux_loss_weight * aux_loss
-            if self.training and self.config.use_router_z_loss:
+            if layers and self.training and self.config.use_router_z_loss:
                 loss = loss + self.config.router_z_loss_weight * router_z_loss
         if not return_trace:
             return logits, loss

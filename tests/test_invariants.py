@@ -95,6 +95,17 @@ def test_model_and_loop_compiled_in_one_graph_each_train_as_eager_ones_do(monkey
     torch.testing.assert_close(loop_state(other), loop_state(loop), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_a_dense_model_with_auxiliary_losses_can_be_compiled():
+    model, _ = build(n_exp=1, n_layer=1)
+    losses = [
+        forward(*tokens(0), return_trace=True, return_logits=False)[1] for forward in (model, torch.compile(model))
+    ]
+    gradients = [torch.autograd.grad(loss, model.transformer.wte.weight)[0] for loss in losses]
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("changes", [{}, {"bridge_scope": "token", "use_noisy_top_k": True, "train_capacity": 1.0}])
 def test_fused_functions_are_one_graph_each_and_compute_what_they_do_eagerly(changes):
     """Layer, statistics and loop. All layers share a graph, and a logged step has the statistics' graph of any step."""
