@@ -92,7 +92,7 @@ class RunLog:
 
     def _open_logs(self, step: int, saved: dict[str, Any] | None) -> dict[str, JsonLines]:
         saved = {"lines": {"metrics": 0, "decisions": 0}} if saved is None else saved
-        lines, sha256 = _values_in(saved, "lines", int), _values_in(saved, "lines_sha256", str)
+        lines, sha256 = saved.get("lines", {}), saved.get("lines_sha256", {})
         last = {"metrics": _last_logged(step, saved), "decisions": step}
         return {
             name: JsonLines(
@@ -299,9 +299,9 @@ def _merged_record(config_path: Path, saved: dict[str, Any]) -> tuple[list[Any],
     config.json also has the starts after the checkpoint, but can be damaged or deleted.
     """
     config = _read_config(config_path)
-    incomplete = [*_list_in(saved, "incomplete")]
+    incomplete = [*saved.get("incomplete", [])]
     incomplete += [sentence for sentence in _list_in(config, "incomplete") if sentence not in incomplete]
-    written, kept = _list_in(config, "history"), _list_in(saved, "history")
+    written, kept = _list_in(config, "history"), saved.get("history", [])
     if not kept and not written and checkpoint.is_ours(saved):
         incomplete.append("config.json: the history of the run's starts is lost")
     return (written if written[: len(kept)] == kept else kept), incomplete
@@ -318,12 +318,6 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _last_logged(step: int, saved: dict[str, Any]) -> int:
     """The last step that has a line, of a run at this step: a step whose evaluation was interrupted has none yet."""
     return step - 1 if saved.get("unfinished") else step
-
-
-def _values_in(record: dict[str, Any], key: str, kind: type) -> dict[str, Any]:
-    """The values of that type in the dict `record[key]`. Damaged values count as missing."""
-    found = record.get(key)
-    return {k: v for k, v in found.items() if isinstance(v, kind)} if isinstance(found, dict) else {}
 
 
 def _list_in(record: dict[str, Any], key: str) -> list[Any]:
