@@ -259,5 +259,10 @@ def set_aside(paths: list[Path]) -> None:
 
 def remove_partial_files(out_dir: Path) -> None:
     """Delete temporary checkpoints of a killed process. No other process may be writing to out_dir."""
-    for partial in out_dir.glob(f"*.pt.*{PARTIAL}"):
+    for partial in partial_files(out_dir):
         partial.unlink(missing_ok=True)
+
+
+def partial_files(out_dir: Path) -> list[Path]:
+    """Checkpoints in out_dir that are being written, or were when their process was killed."""
+    return [*out_dir.glob(f"*.pt.*{PARTIAL}")]

@@ -55,8 +55,13 @@ def atomic_writes(paths: list[Path], before: Callable[[], None] = lambda: None) 
 
 def remove_partial_files(path: Path) -> None:
     """Delete temporary files of a killed process beside `path`. No other process may be writing it."""
-    for partial in path.parent.glob(f"{path.name}.*{PARTIAL}"):
+    for partial in partial_files(path):
         partial.unlink(missing_ok=True)
+
+
+def partial_files(path: Path) -> list[Path]:
+    """Temporary files beside `path`, of this or another process, which may have been killed."""
+    return [*path.parent.glob(f"{path.name}.*{PARTIAL}")]
 
 
 def link_or_copy(path: Path, name: Path) -> None:
@@ -216,7 +221,7 @@ def _cut(
         if sha256 is not None:
             whole = hashed.hexdigest() == sha256
         else:
-            with path.open("rb") as f:
+            with open_regular(path) as f:
                 first = itertools.islice(f, keep)
                 whole = sum(1 for _ in _lines_in_order(first, upto, one_per_step)) == keep
         if count == keep and whole:
@@ -224,7 +229,7 @@ def _cut(
                 os.truncate(path, size)
             return count, None, hashed
     count, hashed = 0, hashlib.sha256()
-    with atomic_write(path) as new, path.open("rb") as old:
+    with atomic_write(path) as new, open_regular(path) as old:
         for line in itertools.islice(_lines_in_order(old, upto, one_per_step), keep):
             new.write(line)
             count += 1
@@ -242,7 +247,7 @@ def _hash_lines(path: Path, most: int) -> tuple[int, int, Any]:
     """(number, size in bytes, hash object) of the first `most` lines of a file."""
     count = size = 0
     hashed = hashlib.sha256()
-    with path.open("rb") as f:
+    with open_regular(path) as f:
         for line in itertools.islice(f, most):
             count, size = count + 1, size + len(line)
             hashed.update(line)

@@ -18,7 +18,7 @@ from trainer.arms import arm_of
 from trainer.distributed import torchrun_id
 from trainer.environment import UNKNOWN
 from trainer.errors import UserError
-from trainer.runlog import evaluations_in, history_in, holds_a_run
+from trainer.runlog import check_is_own, history_in, holds_a_run, is_complete
 from trainer.settings import Settings
 from trainer.weights import (
     COMPILED,
@@ -64,7 +64,7 @@ def is_restart(given: dict[str, Any]) -> bool:
 def run_folder(given: dict[str, Any], is_restart: bool = False) -> Path:
     """The out_dir of these settings. is_restart: a run in it is this run.
 
-    Raises UserError if a new run would overwrite another, or if there is no run to resume.
+    Raises UserError if a run would overwrite what it has not written, or if there is no run to resume.
     """
     init_from, out_dir = _source(given)
     if ignores_checkpoint(init_from) and not is_restart and not given.get("eval_only") and holds_a_run(out_dir):
@@ -78,11 +78,13 @@ def run_folder(given: dict[str, Any], is_restart: bool = False) -> Path:
         )
     would_start = not ignores_checkpoint(init_from) and not is_restart and not checkpoint.exists(out_dir)
     # a run killed before its first checkpoint has few evaluations; do not overwrite the logs of a longer run
-    if would_start and not given.get("eval_only") and evaluations_in(out_dir) > MAX_UNSAVED:
+    if would_start and not given.get("eval_only") and is_complete(out_dir, MAX_UNSAVED):
         raise UserError(
             f"{out_dir} has the logs of a run but no checkpoint: if it had one, put its {checkpoint.NAME} back; else "
             "use another --out_dir, or remove it"
         )
+    if not given.get("eval_only"):
+        check_is_own(out_dir)
     return out_dir
 
 

@@ -15,7 +15,7 @@ import torch
 import train
 from tests.helpers import child, runs
 from tests.helpers.models import adamw, build, chrono, tokens, train_step
-from trainer import checkpoint, checkpointer, structure
+from trainer import checkpoint, checkpointer, files, structure
 from trainer.checkpointer import Checkpointer, copy_to_cpu
 from trainer.distributed import World
 from trainer.guard import NonFiniteGuard
@@ -158,6 +158,15 @@ def test_a_checkpoint_and_the_log_are_on_the_disk_before_it_gets_its_name(start,
     rename = "fsync ckpt.pt.tmp, replace ckpt.pt, fsync out"
     assert write + best + rename in text
     assert text.endswith((write + best + previous + rename, write + previous + rename))
+
+
+def test_without_hard_links_a_copy_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    synced, original = [], os.fsync
+    monkeypatch.setattr(os, "link", lambda *paths: (_ for _ in ()).throw(OSError("no hard links")))
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle).st_ino) or original(handle))
+    (tmp_path / "a").write_text("content")
+    files.link_or_copy(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_text() == "content" and synced == [(tmp_path / "b").stat().st_ino]
 
 
 def test_a_full_disk_is_reported_once_and_training_continues_until_there_is_space(keys, tmp_path, out, log):
