@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import train
-from tests.helpers.runs import TINY, arguments, error_of, write_dataset
+from tests.helpers.runs import TINY, arguments, error_of, shared_lists, write_dataset
 from trainer import data as trainer_data
 from trainer.data import GPT2_VOCAB_SIZE, BatchLoader, TokenData, open_dataset
 
@@ -140,7 +140,8 @@ class Bomb:
             "meta.pkl",
             b"}X\n\0\0\0vocab_size]q\0" + b"".join(b"](h%ch%ceq%c" % (i, i, i + 1) for i in range(60)) + b"s.",
         ),
-        ("meta.pkl", b"}X\n\0\0\0vocab_size\x8a\xff" + b"\x7f" * 255 + b"s."),  # an integer of 2000 bits
+        *(("meta.pkl", pickle.dumps({"vocab_size": bad})) for bad in (shared_lists(60), 10**5000)),
+        *(("meta.pkl", pickle.dumps({"vocab_size": 65, key: shared_lists(60)})) for key in ("dtype", "itos")),
         ("meta.pkl", b"\x80\x04\x95" + b"\xff" * 8 + b"}."),  # a frame larger than memory
         *(("meta.pkl", pickle.dumps(Bomb(), protocol)) for protocol in range(6)),
         *(("meta.pkl", pickle.dumps({"vocab_size": 65, "itos": [Bomb()]}, protocol)) for protocol in range(6)),

@@ -282,14 +282,6 @@ def in_optimizer(**changes):
     return change
 
 
-def laughs(depth=60):
-    """A list that is small in memory and in a file, and has 2^depth elements when it is printed."""
-    value = ["ha"] * 2
-    for _ in range(depth):
-        value = [value, value]
-    return value
-
-
 # a change of a checkpoint, and what the message says
 WRONG = {
     "random": (dict(random=3), "its random must be a list, not 3"),
@@ -309,9 +301,15 @@ WRONG = {
     "large": (lambda saved: saved["guard"].update(reported=2**70), "it holds an integer of 71 bits"),
     "weight": (lambda saved: saved["model"].update({"lm_head.weight": "x"}), "model/lm_head.weight must be a tensor"),
     "expanded": (lambda saved: saved["model"].update(a=torch.ones(1).expand(1 << 40)), "its model/a must be a tensor"),
-    "laughs_in_model_args": (lambda saved: saved["model_args"].update(n_head=laughs(15)), "model_args/n_head must be"),
-    "many_laughs_in_model_args": (lambda saved: saved["model_args"].update(n_head=laughs()), "too many values"),
-    "laughs_in_unfinished": (dict(unfinished=laughs(30)), "too many values"),
+    "lists_in_model_args": (
+        lambda saved: saved["model_args"].update(n_head=runs.shared_lists(15)),
+        "model_args/n_head must be",
+    ),
+    "many_lists_in_model_args": (
+        lambda saved: saved["model_args"].update(n_head=runs.shared_lists(60)),
+        "too many values",
+    ),
+    "lists_in_unfinished": (dict(unfinished=runs.shared_lists(30)), "too many values"),
     "keys_of_a_number": (lambda saved: saved["model"].update({3: torch.ones(1)}), "the keys of its model must be str"),
     "step_of_a_tensor": (dict(iter_num=torch.tensor(3)), "its iter_num must be an integer from 0, not a Tensor"),
 }
