@@ -303,7 +303,7 @@ WRONG = {
     "expanded": (lambda saved: saved["model"].update(a=torch.ones(1).expand(1 << 40)), "its model/a must be a tensor"),
     "lists_in_model_args": (
         dict(model_args={"n_head": runs.shared_lists(15)}),
-        "its model_args/n_head must be a number",
+        "its model_args/n_head must be",
     ),
     "many_lists": (dict(model_args={"n_head": runs.shared_lists(60)}), "too many values"),
     "lists_in_unfinished": (dict(unfinished=runs.shared_lists(30)), "too many values"),
