@@ -305,7 +305,7 @@ WRONG = {
         dict(model_args={"n_head": runs.shared_lists(15)}),
         "its model_args/n_head must be",
     ),
-    "wide_lists": (dict(model_args={"n_head": runs.shared_lists(12, 4)}), "too many values"),
+    "wide_lists": (dict(model_args={"n_head": runs.shared_lists(11, 4)}), "too many values"),
     "deep_lists": (dict(model_args={"n_head": runs.shared_lists(100, 1)}), "too many values"),
     "many_lists": (dict(model_args={"n_head": runs.shared_lists(60)}), "too many values"),
     "lists_in_unfinished": (dict(unfinished=runs.shared_lists(30)), "too many values"),
