@@ -127,6 +127,14 @@ def snapshot(out):
     return {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in files}
 
 
+def shared_lists(depth, width=2):
+    """A list that is small in memory and in a file, and has over width^depth elements when it is printed."""
+    value = ["ha"]
+    for _ in range(depth):
+        value = [value] * width
+    return value
+
+
 def error_of(call, *args, **kwargs):
     """The one-line message of the UserError that the call must raise."""
     with pytest.raises(UserError) as error:
