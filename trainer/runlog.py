@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -271,10 +270,18 @@ def record_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 
 def holds_a_run(out_dir: Path) -> bool:
-    """Whether out_dir has logs or a checkpoint."""
-    metrics = out_dir / "metrics.jsonl"
-    # os.path returns False for a path that is too long; Path raises
-    return (os.path.isfile(metrics) and os.path.getsize(metrics) > 0) or checkpoint.exists(out_dir)
+    """Whether out_dir has a checkpoint, or logs of more than step 0: a first step can fail, of a wrong setting."""
+    return checkpoint.exists(out_dir) or _has_logs(out_dir / "metrics.jsonl")
+
+
+def _has_logs(metrics: Path) -> bool:
+    try:
+        with metrics.open("rb") as f:
+            return any(parse_json(line)["step"] != 0 for line in f)
+    except (ValueError, KeyError, TypeError):  # a damaged line
+        return True
+    except OSError:
+        return False
 
 
 def evaluations_in(out_dir: Path) -> int:
