@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -275,6 +276,8 @@ def holds_a_run(out_dir: Path) -> bool:
 
 
 def _has_logs(metrics: Path) -> bool:
+    if not os.path.isfile(metrics):  # returns False for a path that is too long; Path raises
+        return False
     try:
         with metrics.open("rb") as f:
             return any(parse_json(line)["step"] != 0 for line in f)
