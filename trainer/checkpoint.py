@@ -100,6 +100,8 @@ def load(path: Path) -> dict[str, Any]:
 
     Raises FileNotFoundError, Damaged, or UserError if the file is not a checkpoint or names code.
     """
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):  # opening a named pipe waits
+        raise UserError(f"cannot read {path}: it is not a file")
     try:
         path.open("rb").close()
     except FileNotFoundError:
