@@ -159,8 +159,8 @@ def _decisions(path: Path) -> list[dict[str, Any]]:
         types = {"expert_id": str, "reason": str, "action": str, "step": int}
         if not all(isinstance(decision[key], kind) for decision in found for key, kind in types.items()):
             raise ValueError("a line is not a prune proposal")
-        for decision in found:
-            "".join(decision[key] for key in ("expert_id", "reason")).encode()  # raises ValueError if it is not text
+        if not all(decision[key].isprintable() for decision in found for key in ("expert_id", "reason")):
+            raise ValueError("a name holds a control character")  # vl_convert ends the process
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError) as e:

@@ -217,7 +217,7 @@ def test_what_does_not_fit_is_one_line(byte_run, tmp_path):
     (tmp_path / "file").write_text("text")
     for folder, argument, message in [
         (byte_run, "--dataset=nope", "--dataset"),
-        (byte_run, f"--init_from={pipe}", "pipe: it is not a file"),
+        (byte_run, f"--init_from={pipe}", "pipe: it is not a regular file"),
         (byte_run, "--explore=.", "cannot write .: it is not a file"),
         (byte_run, f"--explore={tmp_path}", "Is a directory"),
         (tmp_path / "empty", "", "there is no checkpoint in"),

@@ -77,6 +77,7 @@ def run_script(main: Callable[[list[str]], int | None]) -> None:
     sys.stdout, sys.stderr = (f or open(os.devnull, "w") for f in (sys.stdout, sys.stderr))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for names that its encoding does not have, as on stderr
+    status: int | None = None
     try:
         if _ends_at_once:
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -88,19 +89,19 @@ def run_script(main: Callable[[list[str]], int | None]) -> None:
     except KeyboardInterrupt:
         status = 130
     except BrokenPipeError:  # the reader of stdout has closed it, as `head` does
-        status = 141
+        status = status or 141
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO) or e.filename is not None:
             raise
         _report(f"cannot write to stdout: {e.strerror}")
-        status = 2
+        status = status or 2
     if _ends_at_once:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except OSError:  # Python would flush it again at its exit, and report the error
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # Python would flush it again at its exit, and report the error
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if not _exit_handlers_run[0]:
         os._exit(status or 0)
     raise SystemExit(status or 0)

@@ -179,7 +179,7 @@ DAMAGE = {  # the reason that is given: what is done to the folder of a run
     "ckpt.pt is not a file": lambda f: (f / "ckpt.pt").mkdir(),
     "decisions.jsonl is not a file": lambda f: as_pipe(f / "decisions.jsonl"),
     "decisions.jsonl: cannot be read ('int'": lambda f: (f / "decisions.jsonl").write_text("5\n"),
-    "decisions.jsonl: cannot be read ('utf-8'": lambda f: (f / "decisions.jsonl").write_text(
+    "decisions.jsonl: cannot be read (a name holds": lambda f: (f / "decisions.jsonl").write_text(
         '{"expert_id": "\\ud800", "reason": "", "action": "open", "step": 1}\n'
     ),
     "chrono_signal=['load'] must be one of": lambda f: change_config(f, chrono_signal=["load"]),

@@ -126,9 +126,8 @@ REFUSED = [
     *((dict(out_dir="new", init_from="scratch") | {key: "x" * 300}, "x" * 300) for key in ("dataset", "out_dir")),
     (dict(out_dir="new", init_from="x" * 300), "x" * 300),
     (dict(out_dir="file/out", init_from="scratch"), "cannot write to file/out"),
-    *((dict(out_dir="x\0y", init_from=source), "x\0y") for source in ("auto", "resume")),
-    (dict(out_dir="x\0y", init_from="scratch"), "a path cannot hold a null character"),
-    (dict(out_dir="new", init_from="x\0y"), "a path cannot hold a null character"),
+    *((dict(out_dir="x\0y", init_from=source), "cannot encode") for source in ("auto", "resume", "scratch")),
+    (dict(out_dir="new", init_from="x\0y"), "cannot encode"),
     (dict(out_dir="new", init_from="scratch", dataset="another_file"), "train.bin is not the file that"),
 ]
 

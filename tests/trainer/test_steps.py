@@ -167,7 +167,7 @@ def poison(monkeypatch):
     """poison(steps): in these steps, counted from 1, the loss and all gradients are NaN."""
 
     def plant(bad_steps):
-        original, count = TrainingStep._backward, itertools.count(1)
+        original, count = TrainingStep._accumulate, itertools.count(1)
 
         def backward(self, batches, logged):
             trace = original(self, batches, logged)
@@ -176,7 +176,7 @@ def poison(monkeypatch):
                     value *= torch.nan
             return trace
 
-        monkeypatch.setattr(TrainingStep, "_backward", backward)
+        monkeypatch.setattr(TrainingStep, "_accumulate", backward)
 
     return plant
 
