@@ -90,7 +90,9 @@ def main(arguments: list[str]) -> int:
     report = Report(quiet=options.json)
     if torchrun_environment()[1] > 1:
         with process_group("cuda" if torch.cuda.is_available() and options.device != "cpu" else "cpu", "nccl") as world:
-            step.across_ranks(report, world, select_device(options.device, world), 4 * effort.least)
+            device = select_device(options.device, world)
+            with kernel_fusion(compile=False, fuse=True, device=device, world=world)[0]:
+                step.across_ranks(report, world, device, 4 * effort.least)
             if options.json and world.is_main:
                 print(json.dumps({"tables": report.tables}, indent=1))
         return 0

@@ -16,6 +16,7 @@ from benchmark import one_hot
 from benchmark.grouped import GroupedLayer, gated_width
 from benchmark.timing import Effort, Report, autocast, time_in_turns
 from chronomoe import ChronoConfig, RouterBias, collect_trace
+from chronomoe.fuse import fusion
 from model import MLP, GPTConfig, MOELayer
 from trainer.device import kernel_fusion
 
@@ -26,6 +27,8 @@ PAIRS = [
     ("MoE layer, balanced", "transformers, eager"),
     ("MoE layer, balanced", "transformers, grouped_mm"),
     ("MoE layer, balanced", "grouped layer"),
+    ("MoE layer, not fused", "transformers, eager"),
+    ("MoE layer, not fused", "transformers, grouped_mm"),
 ]
 ROOT = Path(__file__).parent.parent
 PROCESSES = 3
@@ -77,7 +80,8 @@ def timed_in_process(shape: tuple[int, int, int, int], device: torch.device, eff
 def competitors(N: int, D: int, E: int, K: int, device: torch.device) -> tuple[dict[str, Callable[[], None]], float]:
     """The competitors by name, the dense MLP first, and the largest load over the mean load of the skewed one.
 
-    The dense MLP has K times the tokens, so it does as many multiplications.
+    The dense MLP has K times the tokens, so it does as many multiplications. On CUDA it and the grouped layer are
+    compiled, as the MoE layer's kernels are fused; the layers of transformers are not.
     """
     config = GPTConfig(n_embd=D, n_head=1, n_exp=E, top_k=K, bias=False, chrono=ALL_ON)
     generator = torch.Generator().manual_seed(0)
@@ -86,6 +90,8 @@ def competitors(N: int, D: int, E: int, K: int, device: torch.device) -> tuple[d
         for p in (*dense.parameters(), *moe.parameters()):
             p.normal_(std=0.02, generator=generator)
     dense, moe = dense.to(device), moe.to(device)
+    compiled = torch.compile if device.type == "cuda" else lambda module: module  # as the fused MoE layer is
+    dense = compiled(dense)
 
     def tokens(n: int) -> tuple[Tensor, Tensor]:
         x, grad = (torch.randn(1, n, D, generator=generator).to(device) for _ in range(2))
@@ -109,6 +115,10 @@ def competitors(N: int, D: int, E: int, K: int, device: torch.device) -> tuple[d
 
         return work
 
+    def not_fused(bias: RouterBias) -> Tensor:
+        with fusion(None):
+            return chrono(bias)
+
     def chrono(bias: RouterBias, logged: bool = False) -> Tensor:
         y, (routing, _, outputs) = moe(x, bias, True)
         collect_trace([routing], ALL_ON, N, *zeros, outputs=[outputs], logged=logged)
@@ -120,9 +130,11 @@ def competitors(N: int, D: int, E: int, K: int, device: torch.device) -> tuple[d
         "MoE layer, skewed": both_passes(moe, x, grad, lambda: chrono(uneven)),
         "MoE layer, balanced, logged": both_passes(moe, x, grad, lambda: chrono(even, logged=True)),
     }
+    if device.type == "cuda":
+        work["MoE layer, not fused"] = both_passes(moe, x, grad, lambda: not_fused(even))
     if one_hot.bytes_of_largest(N, E, K) <= MAX_BYTES:
         work["one-hot dispatch"] = both_passes(moe, x, grad, lambda: one_hot.forward(moe, x, even, False)[0])
-    grouped = GroupedLayer(D, E, K, generator).to(device)
+    grouped = compiled(GroupedLayer(D, E, K, generator).to(device))
     work["grouped layer"] = both_passes(grouped, x, grad, lambda: grouped(x))
     for implementation in ("eager", "grouped_mm"):
         if (block := mixtral(D, E, K, implementation, generator)) is not None:

@@ -16,6 +16,7 @@ import torch
 Function = TypeVar("Function", bound=Callable[..., Any])
 Backend = str | Callable[..., Any]
 _backend: Backend | None = None
+MAX_GRAPHS = 64  # of a function
 
 
 def fused(function: Function) -> Function:
@@ -38,12 +39,21 @@ def fused(function: Function) -> Function:
 def fusion(backend: Backend | None = "inductor") -> Iterator[None]:
     """Compile the functions marked `fused` when they are called in this block.
 
-    Each shape is compiled by itself. After torch._dynamo.config.recompile_limit shapes, a function runs eagerly.
-    `backend` is passed to torch.compile; None: run them eagerly.
+    Each shape is compiled by itself; after MAX_GRAPHS of them, a function runs eagerly. `backend` is passed to
+    torch.compile; None: run the functions eagerly.
     """
     global _backend
     before, _backend = _backend, backend
     try:
-        yield
+        if backend is None:
+            yield
+        else:
+            import torch._dynamo.config
+            import torch._inductor.config
+
+            # Inductor would choose between orders of summation by time, in each process for itself
+            deterministic = torch._inductor.config.patch(deterministic=True)
+            with torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS), deterministic:
+                yield
     finally:
         _backend = before

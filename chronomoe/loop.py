@@ -67,8 +67,8 @@ class ChronoLoop:
         self._update(trace, found_inf)
         self.last = trace
 
-    @fused
     @torch.no_grad()
+    @fused
     def _update(self, trace: MoETrace, found_inf: Tensor | None) -> None:
         config = self.config
         ok = trace.cross_entropy < torch.inf  # False for NaN and infinity

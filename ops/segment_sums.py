@@ -12,10 +12,8 @@ Shapes: S rows sorted by expert, E experts, D model width, W weights per row.
 
 from __future__ import annotations
 
-import os
-import shutil
-import sysconfig
-from pathlib import Path
+import functools
+import warnings
 from typing import Any
 
 import torch
@@ -42,20 +40,25 @@ def segment_sums(weights: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
     """
     weights, y = weights.detach(), y.detach()
     # type(): fake tensors have no memory
-    if _CAN_LAUNCH and y.is_cuda and type(y) is Tensor and weights.dtype == torch.float32:
+    can_use_kernels = triton is not None and y.is_cuda and type(y) is Tensor and weights.dtype == torch.float32
+    if can_use_kernels and (torch.compiler.is_compiling() or _kernels_work(y.get_device())):
         with torch.cuda.device(y.get_device()):
             return _by_kernels(weights.contiguous(), y.contiguous(), offsets.contiguous())
     return _by_selector(weights, y, offsets)
 
 
-def _can_launch() -> bool:
-    """Triton builds its launchers with a C compiler and Python's headers."""
-    if triton is None or not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+@functools.cache
+def _kernels_work(device: int) -> bool:
+    """Whether Triton can launch kernels on this GPU, for which it needs a C compiler and Python's headers."""
+    one = torch.ones(1, 1, device=f"cuda:{device}")
+    try:
+        with torch.cuda.device(device):
+            _by_kernels(one, one, one.view(1).int())
+    except Exception as e:
+        reason = f"{type(e).__name__}: {e}".splitlines()[0]
+        warnings.warn(f"sums per expert are computed as a matmul, because Triton failed: {reason}", stacklevel=2)
         return False
-    return Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").is_file()
-
-
-_CAN_LAUNCH = _can_launch()
+    return True
 
 
 def _by_selector(weights: Tensor, y: Tensor, offsets: Tensor) -> Tensor:

@@ -57,20 +57,26 @@ def deterministic_algorithms() -> Iterator[None]:
     torch.use_deterministic_algorithms(before)
 
 
-def kernel_fusion(compile: bool, fuse: bool, device: torch.device) -> tuple[AbstractContextManager[object], list[str]]:
+def kernel_fusion(
+    compile: bool, fuse: bool, device: torch.device, world: World | None = None
+) -> tuple[AbstractContextManager[object], list[str]]:
     """The context to train in, by the settings `compile` and `fuse`, and notes for the user.
 
-    Raises UserError if `compile` is set and torch.compile does not work here.
+    Raises UserError if `compile` is set and torch.compile does not work here. All ranks fuse, or none.
     """
     if not (compile or (fuse and device.type == "cuda")):
         return nullcontext(), []
+    reason = None
     try:
         torch.compile(torch.neg)(torch.zeros(1, device=device))
     except Exception as e:  # of Dynamo, Inductor, Triton, a missing C compiler
         reason = f"{type(e).__name__}: {e}".splitlines()[0]
-        if compile:
-            raise UserError(f"compile=True needs torch.compile, which failed: {reason}") from None
-        return nullcontext(), [f"kernels are not fused, so small steps take longer: torch.compile failed: {reason}"]
+    if compile and reason is not None:
+        raise UserError(f"compile=True needs torch.compile, which failed: {reason}")
+    (has_failed,) = (world or World()).all_reduce_max(int(reason is not None))
+    if has_failed:
+        why = reason or "on another rank"
+        return nullcontext(), [f"kernels are not fused, so small steps take longer: torch.compile failed: {why}"]
     return fusion(), ["the first steps are slow, because torch.compile runs"]
 
 

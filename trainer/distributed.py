@@ -161,6 +161,9 @@ def one_line_errors(world: World) -> Iterator[None]:
     except UserError as e:
         raise UserError(f"rank {rank}: {e}" if rank > 0 else str(e)) from None
     except RuntimeError as e:
+        if type(e).__module__ in ("torch._dynamo.exc", "torch._inductor.exc"):
+            hint = "train without it: --fuse=False --compile=False"
+            raise UserError(f"torch.compile failed ({type(e).__name__}: {first_line(e)}); {hint}") from e
         if not (isinstance(e, dist.DistError) or "gloo" in str(e)):
             raise
         what = "timed out waiting for" if "timed out" in str(e).lower() else "lost"

@@ -32,6 +32,7 @@ class GraphedBackward:
         self.backward = backward
         self.parameters = list(parameters)
         self.captured: dict[bool, Captured] = {}
+        self.pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
 
     def __call__(self, x: Tensor, y: Tensor, logged: bool) -> MoETrace:
         """The trace of a micro-batch. Raises UserError if an operation in `backward` synchronizes with the device."""
@@ -46,15 +47,18 @@ class GraphedBackward:
 
     def _capture(self, x: Tensor, y: Tensor, logged: bool) -> Captured:
         with torch.random.fork_rng([x.device] if x.is_cuda else []):
-            trace, replay = capture(lambda: self.backward(x, y, logged))
+            trace, replay = capture(lambda: self.backward(x, y, logged), self.pool)
         for p in self.parameters:
             if p.grad is not None:
                 p.grad.zero_()  # what the warm-up added
         return Captured(x, y, trace, replay)
 
 
-def capture(work: Callable[[], MoETrace]) -> tuple[MoETrace, Callable[[], None]]:
-    """Call `work` WARM_UP times, then record it. Returns its result, in tensors that each replay fills, and replay."""
+def capture(work: Callable[[], MoETrace], pool: Any) -> tuple[MoETrace, Callable[[], None]]:
+    """Call `work` WARM_UP times, then record it. Returns its result, in tensors that each replay fills, and replay.
+
+    pool: of the graphs' memory, which they share; so read the result before another graph is replayed.
+    """
     stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
@@ -63,8 +67,11 @@ def capture(work: Callable[[], MoETrace]) -> tuple[MoETrace, Callable[[], None]]
     current.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        # other threads may allocate: one copies the next batch
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             return work(), graph.replay
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as e:
         raise UserError(
             "cuda_graphs=True: a step that synchronizes with the device cannot be captured; experts in bfloat16 on "

@@ -162,12 +162,14 @@ class Settings:
     compile: bool = option(False, "compile the model with torch.compile", role="numerics")
     fuse: bool = option(
         True,
-        "on CUDA, fuse the kernels of loop, statistics and MoE layers (bfloat16) with torch.compile, if Triton works",
+        "on CUDA, fuse kernels of the loop, the statistics, and MoE layers in bfloat16 (compute capability 9.0, 10.0) "
+        "with torch.compile",
         role="numerics",
     )
     cuda_graphs: bool = option(
         False,
-        "replay forward and backward as CUDA graphs (one GPU, bfloat16); not yet tested on a GPU",
+        "replay forward and backward as CUDA graphs; one GPU of compute capability 9.0 or 10.0, bfloat16; not yet "
+        "tested on a GPU",
         role="numerics",
     )
     deterministic: bool = option(

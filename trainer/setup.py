@@ -123,7 +123,7 @@ def set_up(given: dict[str, Any], world: World, interrupt: Interrupt, stack: con
     record = None if saved is None else record_of(saved)
     saved = start.saved = None  # free the checkpoint's memory
     autocast = autocast_context(s.dtype, device)
-    fused, notes = kernel_fusion(s.compile, s.fuse, device)
+    fused, notes = kernel_fusion(s.compile, s.fuse, device, world)
     stack.enter_context(fused)
     start.notes += notes
     if s.compile:

@@ -17,7 +17,7 @@ def recorded(monkeypatch):
     """Replaces the capture. The number of captures and of replays."""
     count = {"captures": 0, "replays": 0}
 
-    def capture(work):
+    def capture(work, pool):
         count["captures"] += 1
         trace = [work() for _ in range(graphs.WARM_UP)][-1]
 
