@@ -29,7 +29,7 @@ from trainer import checkpoint, cli
 from trainer.data import DATA, open_dataset, read_meta
 from trainer.device import autocast_context, resolve_dtype, select_device
 from trainer.settings import Settings, keys
-from trainer.weights import build_model, find_weights, is_gpt2, load_checkpoint
+from trainer.weights import build_model, checkpoint_path, find_weights, is_gpt2, load_checkpoint
 
 GPT2_TOKENS = 50257
 FILE = "FILE:"
@@ -162,7 +162,7 @@ def load(s: SampleSettings) -> tuple[GPT, Codec, str | None, list[str]]:
         saved, notes, _ = checkpoint.newest(Path(s.out_dir))
     else:
         source = s.init_from
-        saved = load_checkpoint(source)
+        saved, notes = load_checkpoint(source), checkpoint.notes_on(checkpoint_path(source))
     model = build_model(saved, source)
     config = saved.get("config")
     dataset = s.dataset or (config.get("dataset") if isinstance(config, dict) else None)

@@ -29,7 +29,15 @@ from tqdm import tqdm
 
 from data.tokenizer import Codec
 from trainer.errors import UserError
-from trainer.files import INCOMPLETE, atomic_write, atomic_writes, parse_json, read_text, remove_partial_files
+from trainer.files import (
+    INCOMPLETE,
+    atomic_write,
+    atomic_writes,
+    parse_json,
+    partial_files,
+    read_text,
+    remove_partial_files,
+)
 from trainer.lock import folder_lock
 
 SPLITS = ("train", "val")
@@ -101,16 +109,19 @@ def write_corpus(
     if codec.size > MAX_VOCABULARY:
         raise UserError(f"{source} has {codec.size} different characters; at most {MAX_VOCABULARY} fit into 16 bits")
     about = about | {"tokenizer": codec.name, "vocab_size": codec.size, "dtype": "uint16"}
+    paths = [out / f"{split}.bin" for split in SPLITS]
+    written = [*paths, out / "meta.json"]
     if not force and _is_complete(out, about):
         print(f"{out} is complete for {source}; use --force to prepare it again")
+        if any(map(partial_files, written)):
+            with contextlib.suppress(UserError), folder_lock(out):  # of a process that was killed, or that is writing
+                _remove_all_partial_files(written)
         return
     with folder_lock(out, wait=LOCK_TIMEOUT if unless else 0, option="--out"):
         if unless and unless():
             return
         try:
-            paths = [out / f"{split}.bin" for split in SPLITS]
-            for path in (*paths, out / "meta.json"):
-                remove_partial_files(path)
+            _remove_all_partial_files(written)
             with atomic_writes(paths, before=lambda: _write_meta(out, {INCOMPLETE: "being written"})) as opened:
                 files = dict(zip(SPLITS, opened))
                 count = _write_tokens(files, documents, codec, source, jobs, total, val_share)
@@ -122,6 +133,11 @@ def write_corpus(
     print(f"prepared {source}: {', '.join(f'{split} {n:,}' for split, n in tokens.items())} tokens in {out}")
 
 
+def _remove_all_partial_files(paths: list[Path]) -> None:
+    for path in paths:
+        remove_partial_files(path)
+
+
 def _write_meta(out: Path, meta: dict[str, Any]) -> None:
     with atomic_write(out / "meta.json") as f:
         f.write(json.dumps(meta, indent=2).encode() + b"\n")
@@ -129,7 +145,7 @@ def _write_meta(out: Path, meta: dict[str, Any]) -> None:
 
 def _is_complete(out: Path, about: dict[str, Any]) -> bool:
     try:
-        meta = parse_json(read_text(out / "meta.json"))
+        meta = parse_json(read_text(out / "meta.json", regular=True))
         sizes = {split: (out / f"{split}.bin").stat().st_size for split in SPLITS}
         return about.items() <= meta.items() and all(sizes[split] == 2 * meta["tokens"][split] for split in SPLITS)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

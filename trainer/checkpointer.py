@@ -93,7 +93,7 @@ class Checkpointer:
             self._check_optimizer()
             self.progress.load_state_dict(saved)
             notes = self._restore_random_state(saved)
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as e:
             path = self.out_dir / checkpoint.NAME
             raise UserError(f"{path} does not fit its own settings: {' '.join(str(e).split())}") from None
         if not os.path.exists(self.out_dir / checkpoint.BEST):

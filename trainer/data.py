@@ -13,7 +13,7 @@ import pickle
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from trainer.distributed import World
 from trainer.errors import UserError, first_line
-from trainer.files import INCOMPLETE, parse_json, read_text
+from trainer.files import INCOMPLETE, open_regular, parse_json, read_text
+from trainer.structure import brief, check_extent
 
 DATA = Path(__file__).parent.parent / "data"
 SPLITS = ("train", "val")
@@ -45,6 +46,7 @@ class TokenData:
         self.meta = read_meta(folder)
         self.vocab_size: int = self.meta.get("vocab_size", GPT2_VOCAB_SIZE)
         self.stats: dict[str, os.stat_result] = {}
+        self.files: dict[str, BinaryIO] = {}
         self.tokens = {split: self._open(split) for split in SPLITS}
         if read_meta(folder) != self.meta:  # meta.json is replaced before the token files
             raise UserError(f"{folder} was prepared again while it was being opened; start again")
@@ -52,10 +54,10 @@ class TokenData:
     def _open(self, split: str) -> np.ndarray:
         path = self.folder / f"{split}.bin"
         try:
-            with path.open("rb") as f:
-                self.stats[split] = stat = os.fstat(f.fileno())  # of the open file, even if it is replaced later
-                size = stat.st_size
-                tokens = np.memmap(f, dtype=np.uint16, mode="r") if size > 1 and size % 2 == 0 else None
+            self.files[split] = f = open_regular(path)
+            self.stats[split] = stat = os.fstat(f.fileno())  # of the open file, even if it is replaced later
+            size = stat.st_size
+            tokens = np.memmap(f, dtype=np.uint16, mode="r") if size > 1 and size % 2 == 0 else None
         except OSError as e:
             prepare = self.folder / "prepare.py"
             hint = f"run {prepare} first" if prepare.exists() else "a dataset is train.bin and val.bin"
@@ -81,23 +83,32 @@ class TokenData:
             if isinstance(before, dict) and stat.items() <= before.items() and "sha256" in before:
                 found[path.name] = before
                 continue
-            found[path.name] = stat | {"sha256": self._check_tokens(path, self.tokens[split])}
+            found[path.name] = stat | {"sha256": self._check_tokens(split)}
             expected = self.meta.get("sha256")
             expected = expected.get(path.name) if isinstance(expected, dict) else None
             if expected is not None and expected != found[path.name]["sha256"]:
                 raise UserError(f"{path} is not the file that {self.folder / 'meta.json'} describes; prepare it again")
         return found
 
-    def _check_tokens(self, path: Path, tokens: np.ndarray) -> str:
+    def _check_tokens(self, split: str) -> str:
         """Check every token against the vocabulary. Returns the file's SHA-256."""
+        path, tokens = self.folder / f"{split}.bin", self.tokens[split]
         sha256 = hashlib.sha256()
         with tqdm(total=tokens.nbytes, desc=f"checking {path}", unit="B", unit_scale=True, delay=2, leave=False) as bar:
             for start in range(0, len(tokens), CHUNK):
+                self._check_size(split)
                 chunk = tokens[start : start + CHUNK]
                 self._check_vocabulary(path, chunk.max())
                 sha256.update(chunk.data)
                 bar.update(chunk.nbytes)
         return sha256.hexdigest()
+
+    def _check_size(self, split: str) -> None:
+        """Raise UserError if the file was shortened: reading what is missing would end the process by SIGBUS."""
+        size, before = os.fstat(self.files[split].fileno()).st_size, self.stats[split].st_size
+        if size != before:
+            path = self.folder / f"{split}.bin"
+            raise UserError(f"{path} has changed from {before} to {size} bytes while it was read: restore the file")
 
     def _check_vocabulary(self, path: Path, largest: int) -> None:
         if largest >= self.vocab_size:
@@ -106,8 +117,9 @@ class TokenData:
     def batch(self, split: str, seed: int, step: int, micro: int, batch_size: int) -> Batch:
         """Inputs and targets, [batch_size, block_size] int64 each, on the CPU.
 
-        micro is the micro-batch's index within the step, over all ranks.
+        micro is the micro-batch's index within the step, over all ranks. Raises UserError if the file was shortened.
         """
+        self._check_size(split)
         tokens = self.tokens[split]
         entropy = np.random.SeedSequence([seed, SPLITS.index(split), step, micro])
         # raw output of a counter-based generator: unlike Generator's methods, it is the same in all versions of numpy
@@ -182,7 +194,7 @@ def open_dataset(name: str, block_size: int) -> TokenData:
 def is_prepared(folder: Path) -> bool:
     """Whether there is a meta.json that does not mark the dataset as incomplete."""
     try:
-        return INCOMPLETE not in parse_json(read_text(folder / "meta.json"))
+        return INCOMPLETE not in parse_json(read_text(folder / "meta.json", regular=True))
     except FileNotFoundError:
         return False
     except (OSError, ValueError, TypeError):  # read_meta reports what is wrong
@@ -204,10 +216,11 @@ def read_meta(folder: Path) -> dict[str, Any]:
     path = folder / "meta.json"
     try:
         if path.exists():
-            meta = parse_json(read_text(path))
+            meta = parse_json(read_text(path, regular=True))
         elif (path := folder / "meta.pkl").exists():
-            with path.open("rb") as f:
+            with open_regular(path) as f:
                 meta = _PlainUnpickler(f).load()
+            check_extent(meta)
         else:
             return {}
     except Exception as e:  # damaged pickles raise many kinds of exceptions
@@ -217,10 +230,10 @@ def read_meta(folder: Path) -> dict[str, Any]:
             f"{path}: the dataset's preparation was interrupted; prepare it again, or wait if it is in progress"
         )
     if isinstance(meta, dict) and meta.get("dtype", "uint16") != "uint16":
-        raise UserError(f"{path} says that token ids are {meta['dtype']}; only uint16 is read")
+        raise UserError(f"{path} says that token ids are {brief(meta['dtype'])}; only uint16 is read")
     size = meta.get("vocab_size") if isinstance(meta, dict) else None
     if not isinstance(size, int) or isinstance(size, bool) or not 0 < size <= 65536:
-        raise UserError(f"{path} must hold a vocab_size between 1 and 65536, not {size!r}")
+        raise UserError(f"{path} must hold a vocab_size between 1 and 65536, not {brief(size)}")
     return meta
 
 

@@ -11,6 +11,8 @@ import datetime
 import inspect
 import os
 import socket
+import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from trainer.errors import UserError, first_line
 
 TIMEOUT = datetime.timedelta(minutes=10)  # of the rendezvous, and of one rank waiting for another within a step
+PATIENCE = 10  # seconds of waiting for other ranks to join, before a line says so
 CONTROL_TIMEOUT = datetime.timedelta(hours=3)  # while rank 0 prepares or checks the data
 
 
@@ -124,6 +127,11 @@ def process_group(device_type: str, backend: str) -> Iterator[World]:
             f"rank {rank} needs GPU {local_rank} of its host, which has {torch.cuda.device_count()}: start no more "
             "ranks on a host than it has GPUs (--nproc_per_node)"
         )
+    place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    waiting = f"rank {rank} of {world_size} waits for the other ranks at {place}, {TIMEOUT} at most\n"
+    notice = threading.Timer(PATIENCE, sys.stderr.write, [waiting])
+    notice.daemon = True
+    notice.start()
     try:
         store, _, _ = next(rendezvous("env://", rank, world_size, timeout=TIMEOUT))
         # with torch 2.11 torchrun's store survives a restart, with the keys of the earlier attempt
@@ -134,6 +142,8 @@ def process_group(device_type: str, backend: str) -> Iterator[World]:
         world = World(rank, world_size, local_rank)
     except (RuntimeError, ValueError) as e:
         raise UserError(f"rank {rank} of {world_size} could not join the others: {first_line(e)}") from None
+    finally:
+        notice.cancel()
     try:
         yield world
     finally:

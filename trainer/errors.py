@@ -18,10 +18,19 @@ def _quiet_interrupt(kind: type[BaseException], error: BaseException, traceback:
 sys.excepthook = _quiet_interrupt
 
 
+MOST_CHARACTERS = 4000
+
+
 class UserError(Exception):
-    """An error that the user can cause. The message says in one line what is wrong, where, and what would be right."""
+    """An error that the user can cause. The message says in one line what is wrong, where, and what would be right.
+
+    The middle of a message over MOST_CHARACTERS is left out: it holds a value of a file.
+    """
 
     def __init__(self, message: str):
+        half = MOST_CHARACTERS // 2
+        if len(message) > MOST_CHARACTERS:
+            message = f"{message[:half]} ... {message[-half:]}"
         super().__init__(" ".join(message.splitlines()))
 
 

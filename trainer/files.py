@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import io
 import itertools
 import json
 import os
 import shutil
+import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -15,6 +18,7 @@ from typing import Any, BinaryIO
 
 PARTIAL = ".tmp"  # suffix of a file that is being written
 INCOMPLETE = "incomplete"  # key in the meta.json of a dataset whose files are being replaced
+MOST_AT_ONCE = 1 << 24  # bytes that one call reads
 MAX_TEXT = 64 << 20  # bytes; larger settings or metadata are rejected
 
 
@@ -51,8 +55,13 @@ def atomic_writes(paths: list[Path], before: Callable[[], None] = lambda: None) 
 
 def remove_partial_files(path: Path) -> None:
     """Delete temporary files of a killed process beside `path`. No other process may be writing it."""
-    for partial in path.parent.glob(f"{path.name}.*{PARTIAL}"):
+    for partial in partial_files(path):
         partial.unlink(missing_ok=True)
+
+
+def partial_files(path: Path) -> list[Path]:
+    """Temporary files beside `path`, of this or another process, which may have been killed."""
+    return [*path.parent.glob(f"{path.name}.*{PARTIAL}")]
 
 
 def link_or_copy(path: Path, name: Path) -> None:
@@ -63,14 +72,69 @@ def link_or_copy(path: Path, name: Path) -> None:
             os.link(path, partial)
         except OSError:  # the file system has no hard links
             shutil.copyfile(path, partial)
+            with partial.open("rb+") as f:
+                os.fsync(f.fileno())
         os.replace(partial, name)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def read_text(path: Path) -> str:
-    """Read the UTF-8 text of a small file. Raises OSError, or ValueError if it is too long or not UTF-8."""
-    with path.open("rb") as f:
+class ReadFile(io.FileIO):
+    """A file whose errors of reading are kept: zipfile and torch turn them into others."""
+
+    error: OSError | None = None
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        try:
+            content = os.read(self.fileno(), min(len(view), MOST_AT_ONCE))
+        except OSError as e:
+            self.error = e
+            raise
+        view[: len(content)] = content
+        return len(content)
+
+    def read(self, size: int | None = -1) -> Any:
+        return io.RawIOBase.read(self, -1 if size is None else size)
+
+    def readall(self) -> Any:
+        return io.RawIOBase.readall(self)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading. Raises OSError, also if it is not a regular file: opening a FIFO would wait forever.
+
+    An OSError of reading is kept in `raw.error` of the result.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except ValueError:
+        raise OSError(errno.EINVAL, "a path cannot hold a null character", str(path)) from None
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return io.BufferedReader(ReadFile(handle))
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is something at the path, also a link to nothing. Raises OSError if that is unknown."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
+    except OSError as e:
+        if e.errno == errno.ENAMETOOLONG:
+            return False
+        raise
+    return True
+
+
+def read_text(path: Path, regular: bool = False) -> str:
+    """Read the UTF-8 text of a small file. Raises OSError, or ValueError if it is too long or not UTF-8.
+
+    regular: open only a regular file. A file that the user names may be a pipe.
+    """
+    with open_regular(path) if regular else path.open("rb") as f:
         content = f.read(MAX_TEXT + 1)
     if len(content) > MAX_TEXT:
         raise ValueError(f"it is longer than {MAX_TEXT >> 20} MiB")
@@ -157,7 +221,7 @@ def _cut(
         if sha256 is not None:
             whole = hashed.hexdigest() == sha256
         else:
-            with path.open("rb") as f:
+            with open_regular(path) as f:
                 first = itertools.islice(f, keep)
                 whole = sum(1 for _ in _lines_in_order(first, upto, one_per_step)) == keep
         if count == keep and whole:
@@ -165,7 +229,7 @@ def _cut(
                 os.truncate(path, size)
             return count, None, hashed
     count, hashed = 0, hashlib.sha256()
-    with atomic_write(path) as new, path.open("rb") as old:
+    with atomic_write(path) as new, open_regular(path) as old:
         for line in itertools.islice(_lines_in_order(old, upto, one_per_step), keep):
             new.write(line)
             count += 1
@@ -183,7 +247,7 @@ def _hash_lines(path: Path, most: int) -> tuple[int, int, Any]:
     """(number, size in bytes, hash object) of the first `most` lines of a file."""
     count = size = 0
     hashed = hashlib.sha256()
-    with path.open("rb") as f:
+    with open_regular(path) as f:
         for line in itertools.islice(f, most):
             count, size = count + 1, size + len(line)
             hashed.update(line)

@@ -1,6 +1,7 @@
 """Stop after the current step on Ctrl-C, SIGTERM and SIGHUP. A second signal stops at once.
 
-With CHRONO_STOP_WITH_PARENT=PID in the environment, the end of that process counts as a SIGTERM (POSIX only).
+The end of torchrun, and with CHRONO_STOP_WITH_PARENT=PID in the environment that of this process, counts as a SIGTERM
+(POSIX only).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import threading
 import time
 from types import FrameType
 
-from trainer.distributed import World
+from trainer.distributed import World, torchrun_id
 from trainer.errors import UserError
 
 PARENT = "CHRONO_STOP_WITH_PARENT"
@@ -22,10 +23,7 @@ STDERR = 2
 
 
 class Interrupt:
-    """Signal handlers while the `with` block is open, and the first signal that any rank received.
-
-    Raises UserError if CHRONO_STOP_WITH_PARENT is not a process id.
-    """
+    """Signal handlers while the `with` block is open, and the first signal that any rank received."""
 
     def __init__(self, world: World | None = None):
         self.world = world or World()
@@ -34,20 +32,13 @@ class Interrupt:
         self._first = 0.0
         # with several ranks one Ctrl-C arrives twice, from the terminal and from torchrun
         self._grace = 3.0 if self.world.world_size > 1 else 0.0
-        self._closed = threading.Event()
-        self._parent = os.environ.get(PARENT)
-        if self._parent and not self._parent.isdecimal():
-            raise UserError(f"{PARENT}={self._parent!r} must be the process id of the program that started this one")
 
     def __enter__(self) -> Interrupt:
         handled = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
         self._before = {number: signal.signal(number, self._handle) for number in handled}
-        if self._parent and os.name == "posix":
-            threading.Thread(target=self._watch, args=(int(self._parent),), name="parent", daemon=True).start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._closed.set()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -80,16 +71,46 @@ class Interrupt:
         self._first = time.monotonic()
         _write_stderr(b"\nstopping after this step; a second signal stops at once\n")
 
-    def _watch(self, parent: int) -> None:
-        """Send this process a SIGTERM when the process `parent` has ended, unless a signal was received before."""
-        is_parent = os.getppid() == parent  # False if a shell or torchrun is in between
+
+class ParentWatch:
+    """Sends this process a SIGTERM when a program that started it has ended, while the `with` block is open.
+
+    Before the handlers of Interrupt, the signal ends the process: it waits for other ranks, or has nothing to save.
+
+    Attributes:
+        interrupt: its first signal prevents a SIGTERM, which would be a second signal.
+
+    Raises UserError if CHRONO_STOP_WITH_PARENT is not a process id.
+    """
+
+    def __init__(self) -> None:
+        self.interrupt: Interrupt | None = None
+        named, parent = os.environ.get(PARENT), os.getppid()
+        if named and not named.isdecimal():
+            raise UserError(f"{PARENT}={named!r} must be the process id of the program that started this one")
+        self._watched = ({int(named)} if named else set()) | ({parent} if torchrun_id() is not None else set())
+        self._parent = parent
+        self._closed = threading.Event()
+
+    def __enter__(self) -> ParentWatch:
+        if self._watched and os.name == "posix":
+            threading.Thread(target=self._watch, name="parent", daemon=True).start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._closed.set()
+
+    def _watch(self) -> None:
         while not self._closed.wait(POLL_SECONDS):
-            has_ended = os.getppid() != parent if is_parent else not _exists(parent)
-            if has_ended:
-                if not self.received:  # a second signal would end the process at once
-                    _write_stderr(b"\nthe program that started this run has ended")
+            if any(map(self._has_ended, self._watched)):
+                if self.interrupt is None or not self.interrupt.received:
+                    _write_stderr(b"\nthe program that started this run has ended\n")
                     os.kill(os.getpid(), signal.SIGTERM)
                 return
+
+    def _has_ended(self, process: int) -> bool:
+        # the id of a parent that has ended can belong to another process; with a shell in between it is no parent
+        return os.getppid() != process if process == self._parent else not _exists(process)
 
 
 def _write_stderr(line: bytes) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from trainer.errors import UserError
+from trainer.files import is_there, read_text
 
 LOCK = ".lock"
 HOLDER = ".lock.holder"
@@ -27,18 +28,17 @@ def folder_lock(out_dir: Path, wait: float = 0, option: str = "--out_dir") -> It
     folder, for the message.
     """
     made = not os.path.exists(out_dir)
-    holder = out_dir / HOLDER
+    path, holder = out_dir / LOCK, out_dir / HOLDER
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out_dir / LOCK)
+        if is_there(path) and (path.is_symlink() or not path.is_file()):
+            raise OSError(errno.EINVAL, f"{path} is not a regular file")  # a link would be followed
+        lock = FileLock(path)
         lock.acquire(timeout=wait)
-        holder.write_text(
-            f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
-        )
     except Timeout:
         who = ""
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            who = f" ({holder.read_text() or 'it has just started'})"
+        with contextlib.suppress(OSError, ValueError):
+            who = f" ({read_text(holder, regular=True) or 'it has just started'})"
         raise UserError(f"another process is writing to {out_dir}{who}: wait for it, or use another {option}") from None
     except OSError as e:
         if e.errno in (errno.ENOLCK, errno.EOPNOTSUPP):
@@ -46,10 +46,17 @@ def folder_lock(out_dir: Path, wait: float = 0, option: str = "--out_dir") -> It
             yield
             return
         raise UserError(f"cannot write to {out_dir}: {e.strerror or e}") from None
+    except ValueError:
+        raise UserError(f"cannot write to {str(out_dir)!r}: a path cannot hold a null character") from None
     try:
+        with contextlib.suppress(OSError):  # the lock does not need it
+            holder.unlink(missing_ok=True)
+            with holder.open("x") as f:  # follows no link
+                f.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         yield
     finally:
-        holder.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            holder.unlink(missing_ok=True)
         if made:
             _remove_if_unused(out_dir)
         lock.release()

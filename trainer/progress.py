@@ -5,9 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
-from torch import Tensor
-
 Line = dict[str, float | None]
 
 
@@ -40,6 +37,5 @@ class Progress:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = int(state["iter_num"])
         self.pending = state.get("unfinished")
-        best = state.get("best_val_loss")  # nanoMoE saves a tensor
-        is_number = isinstance(best, (int, float, Tensor)) and torch.as_tensor(best).numel() == 1
-        self.best_val_loss = float(best) if is_number else math.inf  # type: ignore[arg-type]
+        best = state.get("best_val_loss")
+        self.best_val_loss = math.inf if best is None else float(best)  # nanoMoE saves a tensor

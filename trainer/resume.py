@@ -18,9 +18,18 @@ from trainer.arms import arm_of
 from trainer.distributed import torchrun_id
 from trainer.environment import UNKNOWN
 from trainer.errors import UserError
-from trainer.runlog import evaluations_in, history_in, holds_a_run
+from trainer.runlog import check_is_own, history_in, holds_a_run, is_complete
 from trainer.settings import Settings
-from trainer.weights import COMPILED, EXPERT_FIELDS, complete_weights, find_weights, weights_sha256, without_state
+from trainer.weights import (
+    COMPILED,
+    EXPERT_FIELDS,
+    checkpoint_path,
+    complete_weights,
+    find_weights,
+    is_gpt2,
+    weights_sha256,
+    without_state,
+)
 
 MAX_UNSAVED = 2  # evaluations that can be logged before the first checkpoint is written
 AUTO = "auto:"  # prefix of an init_from: resume, or else start from the weights that follow
@@ -55,7 +64,7 @@ def is_restart(given: dict[str, Any]) -> bool:
 def run_folder(given: dict[str, Any], is_restart: bool = False) -> Path:
     """The out_dir of these settings. is_restart: a run in it is this run.
 
-    Raises UserError if a new run would overwrite another, or if there is no run to resume.
+    Raises UserError if a run would overwrite what it has not written, or if there is no run to resume.
     """
     init_from, out_dir = _source(given)
     if ignores_checkpoint(init_from) and not is_restart and not given.get("eval_only") and holds_a_run(out_dir):
@@ -69,11 +78,13 @@ def run_folder(given: dict[str, Any], is_restart: bool = False) -> Path:
         )
     would_start = not ignores_checkpoint(init_from) and not is_restart and not checkpoint.exists(out_dir)
     # a run killed before its first checkpoint has few evaluations; do not overwrite the logs of a longer run
-    if would_start and not given.get("eval_only") and evaluations_in(out_dir) > MAX_UNSAVED:
+    if would_start and not given.get("eval_only") and is_complete(out_dir, MAX_UNSAVED):
         raise UserError(
             f"{out_dir} has the logs of a run but no checkpoint: if it had one, put its {checkpoint.NAME} back; else "
             "use another --out_dir, or remove it"
         )
+    if not given.get("eval_only"):
+        check_is_own(out_dir)
     return out_dir
 
 
@@ -131,8 +142,7 @@ def _origin(saved: dict[str, Any], path: str) -> tuple[str | None, str | None]:
     if not checkpoint.is_ours(saved):
         return path, weights_sha256({name.removeprefix(COMPILED): value for name, value in saved["model"].items()})
     # an older version recorded the init_from of the last start, not of the first one
-    config = saved.get("config")
-    from_scratch = isinstance(config, dict) and config.get("init_from") == "scratch"
+    from_scratch = saved.get("config", {}).get("init_from") == "scratch"
     return (None, None) if from_scratch else (UNKNOWN, UNKNOWN)
 
 
@@ -154,6 +164,8 @@ def _start_from(given: dict[str, Any], source: str) -> Start:
         if given.get(key, value) != value and not may_change and not cropped:
             raise UserError(f"{key}={given[key]}, but the weights of {source} have {key}={value}: leave {key} out")
     notes = [f"weights: from {source}"]
+    if not is_gpt2(source):
+        notes += checkpoint.notes_on(checkpoint_path(source))
     if dense or not given.get("eval_only"):
         beta = weights.get(BETA)
         if beta is not None and beta.any():
@@ -183,8 +195,7 @@ def ignores_checkpoint(init_from: str) -> bool:
 
 def _saved_settings(saved: dict[str, Any], path: Path) -> dict[str, Any]:
     """The settings of a checkpoint, in their types. Raises UserError for a wrong type."""
-    config = saved.get("config")
-    found = (config if isinstance(config, dict) else {}) | saved["model_args"]
+    found = saved.get("config", {}) | saved["model_args"]
     known = setting.keys()
     values = {key: cli.check(known[key], value, str(path)) for key, value in found.items() if key in known}
     threshold, signal = setting.PREFIX + "bridge_threshold", setting.PREFIX + "bridge_signal"
@@ -196,9 +207,7 @@ def _saved_settings(saved: dict[str, Any], path: Path) -> dict[str, Any]:
 def known_files(start: Start) -> dict[str, dict[str, Any]] | None:
     """Fingerprints of the files that a resumed run was trained on; None if it had another dataset."""
     saved = start.saved or {}
-    before, config = saved.get("data"), saved.get("config")
-    same = isinstance(config, dict) and config.get("dataset") == start.settings.dataset
-    return before if same and isinstance(before, dict) else None
+    return saved.get("data") if saved.get("config", {}).get("dataset") == start.settings.dataset else None
 
 
 def check_data(start: Start, now: dict[str, dict[str, Any]]) -> None:
@@ -214,7 +223,7 @@ def check_data(start: Start, now: dict[str, dict[str, Any]]) -> None:
                 f"{now[name]['sha256'][:12]}..., then {was['sha256'][:12]}...): restore the file, or start a new run"
             )
     before = start.saved.get("data") if start.saved else None
-    if isinstance(before, dict) and now:
+    if before is not None and now:
         was, is_now = ({name: f["sha256"] for name, f in files.items()} for files in (before, now))
         if was != is_now:
             start.changed["data_sha256"] = [was, is_now]
@@ -231,7 +240,6 @@ def upgraded(saved: dict[str, Any], model: GPT) -> dict[str, Any]:
     if chrono and "shuffled" not in chrono:
         # an older version did not save the permutation of signal 'shuffled'; it drew it from the run's seed
         num_layers, num_experts = chrono["coherence"]["phi_slow"].shape
-        config = saved.get("config")
-        seed = config.get("seed", 0) if isinstance(config, dict) else 0
+        seed = saved.get("config", {}).get("seed", 0)
         saved["chrono"] = chrono | {"shuffled": {"follows": derangement(num_layers, num_experts, seed)}}
     return saved

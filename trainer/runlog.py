@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -22,13 +23,14 @@ from trainer import checkpoint
 from trainer.console import Console
 from trainer.environment import ENVIRONMENT
 from trainer.errors import UserError
-from trainer.files import JsonLines, atomic_write, parse_json, read_text, remove_partial_files
+from trainer.files import JsonLines, atomic_write, open_regular, parse_json, read_text, remove_partial_files
 from trainer.progress import Line
 from trainer.settings import Settings, keys
 from trainer.sinks import Sink
 from trainer.tensorboard_log import TensorBoardLog
 from trainer.wandb_run import WandbRun
 
+CONFIG, LOGS = "config.json", ("metrics.jsonl", "decisions.jsonl")
 # keys of a checkpoint that RunLog reads on resume; checkpoint.is_ours reads 'random'
 RECORD = ("lines", "lines_sha256", "history", "incomplete", "wandb_id", "unfinished", "random")
 CONDITION = ("model", "computed", "numerics", "length", "data")  # roles of the keys that a W&B group tells apart
@@ -63,12 +65,15 @@ class RunLog:
         self.wandb: WandbRun | None = None
         self.is_behind = False  # lines are waiting in memory
         self.closed = False
-        config = self.out_dir / "config.json"
+        config = self.out_dir / CONFIG
         wandb_id = saved.get("wandb_id") if saved else None
+        self.files: dict[str, JsonLines] = {}
+        logs = [self.out_dir / name for name in LOGS]
+        new = [path for path in logs if not os.path.lexists(path)]
         try:
-            for name in ("config.json", "metrics.jsonl", "decisions.jsonl"):
-                remove_partial_files(self.out_dir / name)  # of a process that was killed
-            self.files = self._open_logs(step, saved)
+            for path in (config, *logs):
+                remove_partial_files(path)  # of a process that was killed
+            self._open_logs(step, saved)
             history, self.incomplete = _merged_record(config, saved) if saved else ([], [])
             damage = [f.damage for f in self.files.values() if f.damage]
             self.incomplete += [sentence for sentence in damage if sentence not in self.incomplete]
@@ -77,6 +82,10 @@ class RunLog:
             with atomic_write(config) as f:
                 f.write(json.dumps(resolved, indent=2).encode() + b"\n")
         except OSError as e:
+            for log in self.files.values():
+                log.close()
+            for path in new:
+                path.unlink(missing_ok=True)
             raise UserError(f"cannot write to out_dir {self.out_dir}: {e.strerror}") from None
         for sentence in self.incomplete:
             self.info(f"incomplete: {sentence}")
@@ -90,16 +99,13 @@ class RunLog:
             first_step = 0 if saved is None else _last_logged(step, saved) + 1
             self.sinks.append(TensorBoardLog(self.info, self.out_dir / "tensorboard", first_step))
 
-    def _open_logs(self, step: int, saved: dict[str, Any] | None) -> dict[str, JsonLines]:
+    def _open_logs(self, step: int, saved: dict[str, Any] | None) -> None:
         saved = {"lines": {"metrics": 0, "decisions": 0}} if saved is None else saved
-        lines, sha256 = _values_in(saved, "lines", int), _values_in(saved, "lines_sha256", str)
+        lines, sha256 = saved.get("lines", {}), saved.get("lines_sha256", {})
         last = {"metrics": _last_logged(step, saved), "decisions": step}
-        return {
-            name: JsonLines(
-                self.out_dir / f"{name}.jsonl", lines.get(name), upto, sha256.get(name), one_per_step=name == "metrics"
-            )
-            for name, upto in last.items()
-        }
+        for name, upto in last.items():
+            path, is_metrics = self.out_dir / f"{name}.jsonl", name == "metrics"
+            self.files[name] = JsonLines(path, lines.get(name), upto, sha256.get(name), one_per_step=is_metrics)
 
     def state(self) -> dict[str, Any]:
         """The log's part of a checkpoint: number of lines, their digests, the history, what is missing."""
@@ -272,20 +278,50 @@ def record_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 def holds_a_run(out_dir: Path) -> bool:
     """Whether out_dir has logs or a checkpoint."""
-    metrics = out_dir / "metrics.jsonl"
+    return _has_content(out_dir / "metrics.jsonl") or checkpoint.exists(out_dir)
+
+
+def check_is_own(out_dir: Path) -> None:
+    """Raise UserError if out_dir has files that a run would change, and that no run has written."""
+    hint = "use another --out_dir, or remove it"
+    for name in (CONFIG, *LOGS, checkpoint.NAME, checkpoint.PREVIOUS, checkpoint.BEST):
+        path = out_dir / name
+        if os.path.lexists(path) and not os.path.isfile(path):
+            raise UserError(f"{path} is not a regular file: {hint}")
+    path = out_dir / CONFIG
+    config = _read_config(path)
+    is_own = config.keys() >= {"out_dir", "init_from"}
+    has_checkpoint = checkpoint.exists(out_dir)  # then config.json can be damaged or deleted
+    if not is_own and os.path.lexists(path) and (config or not has_checkpoint):
+        raise UserError(f"{path} is not of a run: {hint}")
+    others = [name for name in LOGS if _has_content(out_dir / name)]
+    if others and not is_own and not has_checkpoint:
+        raise UserError(f"{out_dir / others[0]} is there without the {CONFIG} of a run: {hint}")
+
+
+def is_complete(out_dir: Path, most: int) -> bool:
+    """Whether the logs are those of a run that has saved: more than `most` evaluations after step 0, or the last step.
+
+    A run that was killed while it saved the last step has not. Raises UserError if the logs cannot be read.
+    """
+    count, last, length = 0, 0, _read_config(out_dir / CONFIG).get("max_iters")
+    try:
+        with open_regular(out_dir / "metrics.jsonl") as f:
+            for line in f:
+                with contextlib.suppress(ValueError, TypeError, KeyError):
+                    values = parse_json(line)
+                    last = max(last, values["step"])
+                    count += values["step"] > 0 and values.get("val/loss") is not None
+    except OSError as e:
+        if not _is_absent(e):
+            raise UserError(f"cannot read {out_dir / 'metrics.jsonl'}: {e.strerror}") from None
+    is_done = isinstance(length, (int, float)) and 0 < length <= last
+    return count > most or (is_done and not checkpoint.partial_files(out_dir))
+
+
+def _has_content(path: Path) -> bool:
     # os.path returns False for a path that is too long; Path raises
-    return (os.path.isfile(metrics) and os.path.getsize(metrics) > 0) or checkpoint.exists(out_dir)
-
-
-def evaluations_in(out_dir: Path) -> int:
-    """Number of evaluations after step 0 in the readable lines of metrics.jsonl."""
-    count = 0
-    with contextlib.suppress(OSError), (out_dir / "metrics.jsonl").open("rb") as f:
-        for line in f:
-            with contextlib.suppress(ValueError, TypeError, KeyError):
-                values = parse_json(line)
-                count += values["step"] > 0 and values.get("val/loss") is not None
-    return count
+    return os.path.isfile(path) and os.path.getsize(path) > 0
 
 
 def history_in(path: Path) -> list[Any]:
@@ -299,31 +335,34 @@ def _merged_record(config_path: Path, saved: dict[str, Any]) -> tuple[list[Any],
     config.json also has the starts after the checkpoint, but can be damaged or deleted.
     """
     config = _read_config(config_path)
-    incomplete = [*_list_in(saved, "incomplete")]
+    incomplete = [*saved.get("incomplete", [])]
     incomplete += [sentence for sentence in _list_in(config, "incomplete") if sentence not in incomplete]
-    written, kept = _list_in(config, "history"), _list_in(saved, "history")
+    written, kept = _list_in(config, "history"), saved.get("history", [])
     if not kept and not written and checkpoint.is_ours(saved):
         incomplete.append("config.json: the history of the run's starts is lost")
     return (written if written[: len(kept)] == kept else kept), incomplete
 
 
 def _read_config(path: Path) -> dict[str, Any]:
+    """The settings in a config.json; empty if it is absent or damaged. Raises UserError if it cannot be read."""
     try:
-        config = parse_json(read_text(path))
-    except (OSError, ValueError):
+        config = parse_json(read_text(path, regular=True))
+    except OSError as e:
+        if not _is_absent(e):
+            raise UserError(f"cannot read {path}: {e.strerror}") from None
+        return {}
+    except ValueError:
         return {}
     return config if isinstance(config, dict) else {}
+
+
+def _is_absent(e: OSError) -> bool:
+    return e.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 def _last_logged(step: int, saved: dict[str, Any]) -> int:
     """The last step that has a line, of a run at this step: a step whose evaluation was interrupted has none yet."""
     return step - 1 if saved.get("unfinished") else step
-
-
-def _values_in(record: dict[str, Any], key: str, kind: type) -> dict[str, Any]:
-    """The values of that type in the dict `record[key]`. Damaged values count as missing."""
-    found = record.get(key)
-    return {k: v for k, v in found.items() if isinstance(v, kind)} if isinstance(found, dict) else {}
 
 
 def _list_in(record: dict[str, Any], key: str) -> list[Any]:

@@ -31,7 +31,7 @@ from trainer.distributed import World, one_line_errors, process_group, torchrun_
 from trainer.environment import check_torch, describe_environment
 from trainer.errors import UserError
 from trainer.guard import NonFiniteGuard
-from trainer.interrupt import Interrupt
+from trainer.interrupt import Interrupt, ParentWatch
 from trainer.lock import folder_lock
 from trainer.progress import Progress
 from trainer.resume import Start, check_data, is_restart, known_files, resolve_start, run_folder
@@ -76,9 +76,10 @@ def open_run(arguments: list[str]) -> Iterator[Run]:
         raise
     defaults = Settings()
     with contextlib.ExitStack() as stack:
+        watch = stack.enter_context(ParentWatch())
         device = device_name(given.get("device", defaults.device))
         world = stack.enter_context(process_group(device, given.get("backend", defaults.backend)))
-        interrupt = stack.enter_context(Interrupt(world))
+        interrupt = watch.interrupt = stack.enter_context(Interrupt(world))
         stack.enter_context(one_line_errors(world))
         yield set_up(given, world, interrupt, stack)
 

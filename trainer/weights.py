@@ -34,8 +34,7 @@ Weights = dict[str, Tensor]
 
 def build_model(saved: dict[str, Any], source: str) -> GPT:
     """Build the model of a checkpoint of this program or of nanoMoE, on the CPU. Raises UserError."""
-    config = saved.get("config")
-    config = config if isinstance(config, dict) else {}
+    config = saved.get("config", {})
     try:
         names = [f.name for f in dataclasses.fields(ChronoConfig) if PREFIX + f.name in config]
         chrono = ChronoConfig(**{name: config[PREFIX + name] for name in names})
@@ -62,8 +61,7 @@ def find_weights(source: str) -> tuple[Weights, dict[str, Any]]:
     if is_gpt2(source):
         return _gpt2(source)
     saved = load_checkpoint(source)
-    config = saved.get("config")
-    config = config if isinstance(config, dict) else {}
+    config = saved.get("config", {})
     settings = {k: v for k, v in config.items() if k in FIELDS or k.startswith(PREFIX)} | saved["model_args"]
     return {name.removeprefix(COMPILED): value for name, value in saved["model"].items()}, settings
 
@@ -74,11 +72,14 @@ def is_gpt2(source: str) -> bool:
     return source in GPT2_MODELS or all(os.path.isfile(Path(source) / name) for name in files)
 
 
+def checkpoint_path(source: str) -> Path:
+    """The checkpoint that a file or a run's folder stands for."""
+    return Path(source) / checkpoint.NAME if os.path.isdir(source) else Path(source)
+
+
 def load_checkpoint(source: str) -> dict[str, Any]:
     """Load the checkpoint in a file or in a run's folder. Raises UserError if there is none."""
-    path = Path(source)
-    if os.path.isdir(path):
-        path = path / checkpoint.NAME
+    path = checkpoint_path(source)
     try:
         return checkpoint.load(path)
     except FileNotFoundError:

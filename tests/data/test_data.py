@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import train
-from tests.helpers.runs import TINY, arguments, error_of, write_dataset
+from tests.helpers.runs import TINY, arguments, error_of, shared_lists, write_dataset
 from trainer import data as trainer_data
 from trainer.data import GPT2_VOCAB_SIZE, BatchLoader, TokenData, open_dataset
 
@@ -136,6 +136,12 @@ class Bomb:
         ("meta.json", b'{"vocab_size": 65, "dtype": "uint32"}'),
         *(("meta.pkl", bad) for bad in (b"", pickle.dumps({"vocab_size": 65})[:-4], pickle.dumps([65]), b"}Na.")),
         *(("meta.pkl", bad) for bad in (b"}]Ns.", b"cone\ntwo\n.", b"\x80\x04\x8c\x03a\nb\x8c\x01c\x93.")),
+        (
+            "meta.pkl",
+            b"}X\n\0\0\0vocab_size]q\0" + b"".join(b"](h%ch%ceq%c" % (i, i, i + 1) for i in range(60)) + b"s.",
+        ),
+        *(("meta.pkl", pickle.dumps({"vocab_size": bad})) for bad in (shared_lists(60), 10**5000)),
+        *(("meta.pkl", pickle.dumps({"vocab_size": 65, key: shared_lists(60)})) for key in ("dtype", "itos")),
         ("meta.pkl", b"\x80\x04\x95" + b"\xff" * 8 + b"}."),  # a frame larger than memory
         *(("meta.pkl", pickle.dumps(Bomb(), protocol)) for protocol in range(6)),
         *(("meta.pkl", pickle.dumps({"vocab_size": 65, "itos": [Bomb()]}, protocol)) for protocol in range(6)),
@@ -159,3 +165,19 @@ def test_nanogpts_meta_pkl_gives_the_vocabulary(tmp_path):
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
     data = TokenData(tmp_path, BLOCK)
     assert (data.meta, data.vocab_size) == (meta, 65)
+
+
+@pytest.mark.parametrize("name", ["meta.json", "meta.pkl", "train.bin", "val.bin"])
+def test_a_fifo_in_the_place_of_a_file_of_a_dataset_is_refused_at_once(name, tmp_path):
+    write_tokens(tmp_path, [1] * 40)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    message = error_of(TokenData, tmp_path, BLOCK)
+    assert str(tmp_path / name) in message and "it is not a regular file" in message
+
+
+def test_a_file_that_is_shortened_while_a_run_reads_it_gets_one_line(data):
+    os.truncate(data.folder / "val.bin", 100)
+    data.batch("train", 1, 0, 0, 2)
+    for read in (lambda: data.batch("val", 1, 0, 0, 2), data.fingerprint):
+        assert f"{data.folder / 'val.bin'} has changed from" in error_of(read)

@@ -101,6 +101,17 @@ def test_a_killed_preparation_leaves_the_old_dataset_the_new_one_or_a_refusal(na
     assert set(kinds) == {"refused", "new"} | ({"old"} if kind != "none" else set())
 
 
+def test_what_a_killed_forced_preparation_left_beside_a_complete_dataset_is_removed_by_the_next_one(root, tmp_path):
+    PREPARERS["text"](tmp_path, root)
+    before, left = sorted(os.listdir(tmp_path)), tmp_path / "train.bin.1.tmp"
+    left.write_bytes(b"half")
+    with folder_lock(tmp_path):
+        PREPARERS["text"](tmp_path, root)
+        assert left.exists()  # its process may be alive
+    PREPARERS["text"](tmp_path, root)
+    assert sorted(os.listdir(tmp_path)) == before
+
+
 def test_files_are_on_the_disk_before_they_replace_others_in_a_safe_order(root, tmp_path, monkeypatch):
     synced, replaced, fsync, replace = [], [], os.fsync, os.replace
 

@@ -127,6 +127,14 @@ def snapshot(out):
     return {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in files}
 
 
+def shared_lists(depth):
+    """A list that is small in memory and in a file, and has over 2^depth elements when it is printed."""
+    value = ["ha"] * 2
+    for _ in range(depth):
+        value = [value, value]
+    return value
+
+
 def error_of(call, *args, **kwargs):
     """The one-line message of the UserError that the call must raise."""
     with pytest.raises(UserError) as error:

@@ -1,10 +1,12 @@
 """Checkpoints: their contents, when and how they are written, and what happens to damaged files."""
 
+import errno
 import hashlib
 import os
 import pickle
 import random
 import re
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ import torch
 import train
 from tests.helpers import child, runs
 from tests.helpers.models import adamw, build, chrono, tokens, train_step
-from trainer import checkpoint, checkpointer
+from trainer import checkpoint, checkpointer, files, structure
 from trainer.checkpointer import Checkpointer, copy_to_cpu
 from trainer.distributed import World
 from trainer.guard import NonFiniteGuard
@@ -158,6 +160,15 @@ def test_a_checkpoint_and_the_log_are_on_the_disk_before_it_gets_its_name(start,
     assert text.endswith((write + best + previous + rename, write + previous + rename))
 
 
+def test_without_hard_links_a_copy_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    synced, original = [], os.fsync
+    monkeypatch.setattr(os, "link", lambda *paths: (_ for _ in ()).throw(OSError("no hard links")))
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle).st_ino) or original(handle))
+    (tmp_path / "a").write_text("content")
+    files.link_or_copy(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_text() == "content" and synced == [(tmp_path / "b").stat().st_ino]
+
+
 def test_a_full_disk_is_reported_once_and_training_continues_until_there_is_space(keys, tmp_path, out, log):
     """No file may exceed 10 kB, which stops checkpoints and the log; after step 32 there is space again."""
     many = dict(max_iters=64, lr_decay_iters=64, eval_interval=8, log_interval=2)
@@ -262,3 +273,133 @@ def test_an_unusable_checkpoint_gets_one_line_executes_nothing_and_is_not_change
     assert str(full / "ckpt.pt") in runs.error_of(resume, full)
     assert runs.snapshot(full) == before
     assert not os.path.exists("harm")
+
+
+def in_optimizer(**changes):
+    def change(saved):
+        saved["optimizer"]["param_groups"][0] |= changes
+
+    return change
+
+
+# a change of a checkpoint, and what the message says
+WRONG = {
+    "random": (dict(random=3), "its random must be a list, not 3"),
+    "random_of_a_rank": (dict(random=[{"cpu": [1]}]), "its random/0/cpu must be a tensor of bytes, not a list"),
+    "data": (dict(data={"val.bin": {}}), "it lacks data/val.bin/bytes"),
+    "lines": (dict(lines={"metrics": -1}), "its lines/metrics must be an integer from 0, not -1"),
+    "digests": (dict(lines_sha256=[1]), "its lines_sha256 must be a dict"),
+    "unfinished": (dict(unfinished={"a": 1}), "its unfinished must be None, or numbers by name with a step"),
+    "weights_sha256": (dict(weights_sha256=torch.ones(2)), "its weights_sha256 must be a text or None, not a Tensor"),
+    "history": (dict(history=[{"step": torch.ones(2)}]), "its history/0 must be a dict of plain values"),
+    "config": (dict(config={"dataset": ["x"]}), "its config/dataset must be a number, a text,"),
+    "betas": (in_optimizer(betas=None), "its optimizer/param_groups/0/betas must be two numbers from 0 to 1, not None"),
+    "betas_nan": (in_optimizer(betas=(0.9, float("nan"))), "param_groups/0/betas must be two numbers"),
+    "amsgrad": (in_optimizer(amsgrad=True), "param_groups/0/amsgrad must be False"),
+    "moments": (lambda saved: saved["optimizer"]["state"][0].pop("exp_avg"), "it lacks optimizer/state/0/exp_avg"),
+    "guard": (lambda saved: saved["guard"].update(in_a_row=1.5), "its guard/in_a_row must be a tensor with one number"),
+    "large": (lambda saved: saved["guard"].update(reported=2**70), "it holds an integer of 71 bits"),
+    "weight": (lambda saved: saved["model"].update({"lm_head.weight": "x"}), "model/lm_head.weight must be a tensor"),
+    "expanded": (lambda saved: saved["model"].update(a=torch.ones(1).expand(1 << 40)), "its model/a must be a tensor"),
+    "lists_in_model_args": (
+        dict(model_args={"n_head": runs.shared_lists(15)}),
+        "its model_args/n_head must be",
+    ),
+    "many_lists": (dict(model_args={"n_head": runs.shared_lists(60)}), "too many values"),
+    "lists_in_unfinished": (dict(unfinished=runs.shared_lists(30)), "too many values"),
+    "keys_of_a_number": (lambda saved: saved["model"].update({3: torch.ones(1)}), "the keys of its model must be str"),
+    "step_of_a_tensor": (dict(iter_num=torch.tensor(3)), "its iter_num must be an integer from 0, not a Tensor"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_checkpoint_with_a_wrong_value_gets_one_line_with_its_name_and_nothing_is_changed(
+    name, half, resume, start, tmp_path
+):
+    change, expected = WRONG[name]
+    saved = runs.checkpoint(half)
+    if callable(change):
+        change(saved)
+    else:
+        saved |= change
+    torch.save(saved, half / "ckpt.pt")
+    before = runs.snapshot(half)
+    for call in (lambda: resume(half), lambda: start(tmp_path / "new", init_from=half)):
+        message = runs.error_of(call)
+        assert message.startswith(f"{half / 'ckpt.pt'} is not a training checkpoint: ") and expected in message
+    assert runs.snapshot(half) == before and not (tmp_path / "new").exists()
+    with pytest.raises(checkpoint.Damaged, match=re.escape(expected)):
+        checkpoint.without_tensors(half / "ckpt.pt")
+
+
+def test_a_message_about_a_long_value_of_a_checkpoint_is_short(half, resume):
+    torch.save(runs.checkpoint(half) | {"config": {"seed": "x" * 10**6}}, half / "ckpt.pt")
+    message = runs.error_of(resume, half)
+    assert message.startswith(f"{half / 'ckpt.pt'}: seed='xxx") and len(message) < 5000
+    assert message.endswith("xxx' must be a whole number at least 0")
+
+
+def test_checkpoints_that_a_run_and_nanomoe_write_are_not_refused(full_run):
+    for path in (*full_run.glob("*.pt"), runs.NANOMOE):
+        structure.check(torch.load(path), structure.CHECKPOINT)
+        assert checkpoint.load(path).keys() == checkpoint.without_tensors(path).keys()
+
+
+def test_a_compressed_checkpoint_is_refused_before_it_is_read(full, monkeypatch):
+    """A file of 37 MB that would take 8 GB, for example."""
+    path = full / "ckpt.pt"
+    with zipfile.ZipFile(path) as stored, zipfile.ZipFile(full / "small.pt", "w", zipfile.ZIP_DEFLATED) as small:
+        for member in stored.namelist():
+            small.writestr(member, stored.read(member))
+    (full / "small.pt").replace(path)
+    monkeypatch.setattr(torch, "load", pytest.fail)
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", pytest.fail)
+    for read in (checkpoint.load, checkpoint.without_tensors):
+        with pytest.raises(checkpoint.Damaged, match="compressed"):
+            read(path)
+
+
+def test_a_note_says_that_damage_to_a_checkpoint_without_checksums_cannot_be_detected(half, resume, start, capsys, out):
+    assert resume(half, max_iters=4) == 0
+    assert "no checksums" not in capsys.readouterr().out
+    torch.save(runs.checkpoint(half), half / "ckpt.pt", _use_new_zipfile_serialization=False)
+    assert start(out, init_from=half, max_iters=0) == resume(half) == 0
+    assert capsys.readouterr().out.count(f"{half / 'ckpt.pt'} is in torch's format before 1.6") == 2
+
+
+EIO, EACCES = (OSError(number, os.strerror(number)) for number in (errno.EIO, errno.EACCES))
+
+
+@pytest.mark.parametrize("place", range(0, 24, 3))
+@pytest.mark.parametrize(("errors", "expected"), [([EIO], None), ([EIO] * 99, "Input/output"), ([EACCES], "denied")])
+def test_an_error_of_the_system_while_a_checkpoint_is_read_is_no_damage(
+    errors, expected, place, full, monkeypatch, resume
+):
+    """place: how many reads succeed before the error."""
+
+    def read(handle, size):
+        is_checkpoint = os.readlink(f"/proc/self/fd/{handle}").endswith("ckpt.pt")
+        error = results.pop(0) if results and is_checkpoint else None
+        if error is not None:
+            raise error
+        return original(handle, size)
+
+    before, results, original = runs.snapshot(full), [None] * place + errors, os.read
+    monkeypatch.setattr(os, "read", read)
+    monkeypatch.setattr(checkpoint, "RETRY_AFTER", (0, 0))
+    if expected is None:
+        assert runs.differing(checkpoint.load(full / "ckpt.pt"), runs.checkpoint(full)) == set()
+    else:
+        message = runs.error_of(resume, full)
+        assert expected in message and f"cannot read {full / 'ckpt.pt'}" in message
+    assert runs.snapshot(full) == before
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")]
+)
+def test_a_lack_of_memory_is_no_damage(error, full, resume, monkeypatch):
+    before = runs.snapshot(full)
+    monkeypatch.setattr(torch, "load", lambda *args, **options: (_ for _ in ()).throw(error))
+    assert "there is not enough memory" in runs.error_of(resume, full)
+    assert runs.snapshot(full) == before

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import time
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import train
 from tests.helpers import child, runs
 from trainer import interrupt
 from trainer.data import TokenData
-from trainer.interrupt import PARENT, SIGNALS, Interrupt
+from trainer.interrupt import PARENT, SIGNALS, Interrupt, ParentWatch
 from trainer.runlog import RunLog
 
 
@@ -111,14 +112,28 @@ def test_the_end_of_the_parent_is_a_sigterm_unless_a_signal_was_received(monkeyp
     # the id of a parent that ended can belong to another process
     monkeypatch.setattr(interrupt, "_exists", lambda process: process == 77)
     monkeypatch.setenv(PARENT, "77")
-    with Interrupt() as signals:
-        time.sleep(0.05)
-        assert not sent
-        parent[0] = 1
-        child.wait_for(lambda: sent, 5)
-        signals.received = signal.SIGINT
-        signals._watch(78)
+    for received in (0, signal.SIGINT):
+        parent[0] = 77
+        with ParentWatch() as watch:
+            watch.interrupt = SimpleNamespace(received=received)
+            time.sleep(0.05)
+            assert len(sent) == bool(received)
+            parent[0] = 1
+            time.sleep(0.05)
     assert sent == [(os.getpid(), signal.SIGTERM)]
+
+
+def test_a_rank_that_waits_for_others_ends_with_its_parent(keys, out, log):
+    parent = subprocess.Popen(["sleep", "600"])
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        place = dict(MASTER_ADDR="localhost", MASTER_PORT=str(s.getsockname()[1]))
+    rank = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2") | place
+    process = child.start(keys(out), log, environment=rank | {PARENT: str(parent.pid)})
+    parent.kill()
+    parent.wait()
+    assert child.finish(process, 20) == -signal.SIGTERM
+    assert log.read_text().split() == "the program that started this run has ended".split()
 
 
 def test_a_parent_that_is_not_a_process_id_gets_one_line(keys, monkeypatch, out):

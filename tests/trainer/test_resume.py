@@ -35,9 +35,7 @@ def append_noise(out):
 HARMLESS = {
     "nothing": lambda out: None,
     "lines after the checkpoint": append_noise,
-    "a digest of no text": saved_with(lines_sha256=[1]),
     "no digest": saved_with(lines_sha256={}),
-    "a count of text": saved_with(lines={"metrics": "a"}),
 }
 
 
@@ -128,6 +126,9 @@ REFUSED = [
     *((dict(out_dir="new", init_from="scratch") | {key: "x" * 300}, "x" * 300) for key in ("dataset", "out_dir")),
     (dict(out_dir="new", init_from="x" * 300), "x" * 300),
     (dict(out_dir="file/out", init_from="scratch"), "cannot write to file/out"),
+    *((dict(out_dir="x\0y", init_from=source), "x\0y") for source in ("auto", "resume")),
+    (dict(out_dir="x\0y", init_from="scratch"), "a path cannot hold a null character"),
+    (dict(out_dir="new", init_from="x\0y"), "a path cannot hold a null character"),
     (dict(out_dir="new", init_from="scratch", dataset="another_file"), "train.bin is not the file that"),
 ]
 
@@ -152,10 +153,97 @@ def test_auto_does_not_overwrite_the_logs_of_a_run_whose_checkpoints_are_gone(st
     before = runs.snapshot(out)
     assert "has the logs of a run but no checkpoint" in runs.error_of(start, out, init_from="auto", max_iters=9)
     assert runs.snapshot(out) == before
-    # a run that was killed while it wrote its first checkpoint
+    # a run with few evaluations that has ended
+    (out / "metrics.jsonl").write_text("".join(f"{json.dumps({'step': step})}\n" for step in range(5)))
+    assert "has the logs of a run but no checkpoint" in runs.error_of(start, out, init_from="auto", max_iters=9)
+    # runs that were killed while they wrote their first checkpoint: the last one, or an earlier one
+    (out / "ckpt.pt.1.tmp").write_text("")
+    assert start(out, init_from="auto") == 0
+    for path in out.glob("ckpt*"):
+        path.unlink()
     (out / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in runs.metrics(out)[:3]))
     assert start(out, init_from="auto") == 0
     assert runs.steps(out) == list(range(runs.STEPS + 1))
+
+
+def only(name, content="{}\n"):
+    """Leave nothing in a folder but this file."""
+
+    def leave(out):
+        for path in out.iterdir():
+            path.unlink()
+        (out / name).write_text(content)
+
+    return leave
+
+
+def in_place(name, make):
+    """Replace a file of the run by something else."""
+
+    def replace(out):
+        (out / name).unlink(missing_ok=True)
+        make(out / name)
+
+    return replace
+
+
+SPECIAL = {"FIFO": os.mkfifo, "folder": os.mkdir, "link to nothing": lambda path: path.symlink_to("nothing")}
+# what is in out_dir, and what the message says
+NOT_OWN = {
+    "a model of transformers": (only("config.json", '{"model_type": "gpt2"}'), "config.json is not of a run"),
+    "a damaged config.json": (only("config.json", "{"), "config.json is not of a run"),
+    "other decisions": (only("decisions.jsonl"), "decisions.jsonl is there without the config.json of a run"),
+    "other metrics": (only("metrics.jsonl"), ""),
+    **{
+        f"a {kind} as {name}": (in_place(name, make), "is not a regular file")
+        for kind, make in SPECIAL.items()
+        for name in ("config.json", "metrics.jsonl", "decisions.jsonl", "ckpt.pt", "ckpt_best.pt", ".lock")
+    },
+}
+
+
+@pytest.mark.parametrize("init_from", ["scratch", "auto", "resume"])
+@pytest.mark.parametrize("name", NOT_OWN)
+def test_files_that_no_run_has_written_are_not_changed(name, init_from, half, resume):
+    change, expected = NOT_OWN[name]
+    change(half)
+    before = runs.snapshot(half), sorted(os.listdir(half))
+    message = runs.error_of(resume, half, init_from=init_from)
+    assert f"{half}" in message and (expected in message or init_from != "auto")
+    assert (runs.snapshot(half), sorted(os.listdir(half))) == before
+
+
+def test_a_link_in_the_place_of_the_locks_holder_is_not_followed(half, resume, tmp_path):
+    (tmp_path / "target").write_text("unchanged")
+    (half / ".lock.holder").symlink_to(tmp_path / "target")
+    assert resume(half, max_iters=4) == 0
+    assert (tmp_path / "target").read_text() == "unchanged"
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl"])
+def test_a_file_that_cannot_be_read_is_not_taken_as_absent(name, half, resume, monkeypatch):
+    def read(handle, size):
+        if os.readlink(f"/proc/self/fd/{handle}").endswith(name):
+            raise OSError(5, "Input/output error")
+        return original(handle, size)
+
+    for path in half.glob("ckpt*"):
+        path.unlink()
+    before, original = runs.snapshot(half), os.read
+    monkeypatch.setattr(os, "read", read)
+    assert f"cannot read {half / name}: Input/output error" in runs.error_of(resume, half, init_from="auto")
+    monkeypatch.undo()
+    assert runs.snapshot(half) == before
+
+
+def test_a_start_that_is_refused_because_the_disk_is_full_leaves_nothing(start, out, monkeypatch):
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    out.mkdir()
+    monkeypatch.setattr(os, "fsync", full)
+    assert "No space left" in runs.error_of(start, out)
+    assert set(os.listdir(out)) <= {".lock"}
 
 
 def test_data_that_changed_since_the_run_began_are_refused(keys, resume, tmp_path, out):

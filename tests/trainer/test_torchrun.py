@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 import train
 from tests.helpers import child, runs
 from tests.helpers.models import adamw, assert_same, build, chrono, state_of, tokens, training_step
-from trainer import distributed
+from trainer import distributed, interrupt
 from trainer.distributed import World
 
 RUN = dict(
@@ -100,25 +100,51 @@ def test_an_error_of_a_user_is_reported_and_ends_all_ranks(changes, expected, ra
     assert not (out / "metrics.jsonl").exists()
 
 
-def test_a_missing_rank_or_half_of_torchruns_environment_gets_one_line(ranks_keys, monkeypatch, out):
+def test_a_missing_rank_or_half_of_torchruns_environment_gets_one_line(ranks_keys, monkeypatch, out, capsys):
     monkeypatch.setattr(distributed, "TIMEOUT", distributed.datetime.timedelta(seconds=1))
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "torchrun" in runs.error_of(train.main, ranks_keys(out))
     for name, value in dict(RANK=0, LOCAL_RANK=0, MASTER_ADDR="localhost", MASTER_PORT=29517).items():
         monkeypatch.setenv(name, str(value))
     assert "rank 0 of 2 could not join the others" in runs.error_of(train.main, ranks_keys(out))
+    assert "waits" not in capsys.readouterr().err
+    monkeypatch.setattr(distributed, "PATIENCE", 0.2)
+    assert "rank 0 of 2 could not join the others" in runs.error_of(train.main, ranks_keys(out))
+    line = "rank 0 of 2 waits for the other ranks at localhost:29517, 0:00:01 at most"
+    assert line in capsys.readouterr().err.splitlines()
 
 
-def test_torchruns_restart_continues_from_the_checkpoint(ranks_keys, alone, out, log):
+def start_torchrun(arguments, log):
+    """Start train.py on two ranks by torchrun. Returns torchrun's process and the ids of the ranks' after step 1."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=2"]
-    command = [*torchrun, "--monitor-interval=0.1", "train.py", *ranks_keys(out, checkpoint_interval=5)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [*torchrun, "--monitor-interval=0.1", "train.py", *arguments]
     with log.open("ab") as f:
         process = subprocess.Popen(command, cwd=runs.ROOT, env=environment, stdout=f, stderr=f)
     child.wait_for_step(log, 1, 60)
     workers = subprocess.check_output(["pgrep", "-P", str(process.pid), "-f", "train.py"], text=True).split()
+    return process, [*map(int, workers)]
+
+
+def test_ranks_save_and_end_when_torchrun_is_killed(ranks_keys, out, log):
+    process, workers = start_torchrun(ranks_keys(out, **runs.LONG), log)
+    process.kill()
+    process.wait()
+    try:
+        child.wait_for(lambda: not any(map(interrupt._exists, workers)))
+    finally:
+        for worker in workers:
+            if interrupt._exists(worker):
+                os.kill(worker, signal.SIGKILL)
+    assert runs.checkpoint(out)["iter_num"] == runs.steps(out)[-1] > 0
+    text = log.read_text()
+    assert "the program that started this run has ended" in text and "Traceback" not in text
+
+
+def test_torchruns_restart_continues_from_the_checkpoint(ranks_keys, alone, out, log):
+    process, workers = start_torchrun(ranks_keys(out, checkpoint_interval=5), log)
     child.wait_for_step(log, 12, 60)
-    os.kill(int(workers[1]), signal.SIGKILL)
+    os.kill(workers[1], signal.SIGKILL)
     assert process.wait(120) == 0, log.read_text()[-3000:]
     assert_close(alone, out)
     history = runs.config_of(out)["history"]
