@@ -40,6 +40,7 @@ try:
     from comparison import planning, report, sweep, wandb_runs
     from comparison.analysis import conclusion
     from comparison.runs import Run, expand, group_into_arms, load_run, load_runs, lost_seeds
+    from comparison.statistics import MAX_PAIRS
     from comparison.tables import measures_by_arm
 except ModuleNotFoundError as e:
     sys.exit(f"error: comparing needs {e.name}: pip install -r requirements-compare.txt")
@@ -49,7 +50,7 @@ except ModuleNotFoundError as e:
 class Options:
     """The options of compare.py. Only `margin` is passed on to train.py, as are all other keys."""
 
-    seeds: int = option(8, "train with the seeds 1, 2, ... up to this", least=1)
+    seeds: int = option(8, "train with the seeds 1, 2, ... up to this", least=1, most=MAX_PAIRS)
     arms: str = option(",".join(ARMS), "arms to train, separated by commas")
     jobs: int | None = option(None, "runs to train at a time; None: the number of CPU cores", least=1)
     wandb: str | None = option(None, "ENTITY/PROJECT in W&B whose runs to compare")

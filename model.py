@@ -9,6 +9,7 @@ Shapes: B sequences, T positions, N = B * T tokens, D n_embd, E n_exp, K top_k.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ from ops.cross_entropy import IGNORED, linear_cross_entropy
 from ops.dispatch import from_experts, kept_gates, plan_dispatch, row_weights, to_experts
 from ops.experts import MLPExperts, matmul_dtype
 
+MAX_CAPACITY = 1 << 62  # slots; a larger one does not fit into int64
 GPT2_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
@@ -164,7 +166,7 @@ class MOELayer(nn.Module):
         factor = c.train_capacity if self.training else c.eval_capacity
         if factor is None:
             return None
-        slots = math.floor(self.router.top_k * factor * num_tokens / c.n_exp)
+        slots = math.floor(min(self.router.top_k * factor * num_tokens / c.n_exp, MAX_CAPACITY))
         return max(slots + slots % 2, c.min_capacity)
 
 
@@ -192,7 +194,8 @@ class Transformer(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
-        self.h = nn.ModuleList(Block(config, use_moe=i in config.moe_blocks) for i in range(config.n_layer))
+        moe_blocks = set(config.moe_blocks)
+        self.h = nn.ModuleList(Block(config, use_moe=i in moe_blocks) for i in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
 
 
@@ -227,7 +230,7 @@ class GPT(nn.Module):
             elif config.use_switch_tfm_init and (name in linear or name.endswith("experts.c_fc")):
                 # nn.Linear stores [out, in], the experts [E, in, out]
                 fan_in = p.shape[-1] if name in linear else p.shape[-2]
-                std = math.sqrt(config.switch_tfm_init_scale / fan_in)
+                std = math.sqrt(config.switch_tfm_init_scale / fan_in) or sys.float_info.min  # trunc_normal_ divides
                 nn.init.trunc_normal_(p, std=std, a=-2 * std, b=2 * std, generator=generator)
             else:
                 nn.init.normal_(p, std=0.02, generator=generator)

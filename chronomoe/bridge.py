@@ -64,7 +64,8 @@ def clean_rank(z: Tensor, experts: Tensor, by_expert: Tensor | None = None) -> T
 
 def compute_relevance(disagreement: Tensor, threshold: float = 0.2) -> Tensor:
     """Strength r in [0, 1] with which beta is applied, elementwise, for a disagreement of any shape."""
-    return (1.5 - disagreement / (2 * threshold)).clamp(0, 1)
+    tiny = torch.finfo(disagreement.dtype).tiny  # a smaller threshold would be 0
+    return (1.5 - disagreement / max(2 * threshold, tiny)).clamp(0, 1)
 
 
 def reach(bias: float) -> dict[str, float]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import os
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
-MAX_MAGNITUDE = {int: 2**63, float: 1e300}  # upper limits of settings; also rejects infinity
+MAX_MAGNITUDE = {int: 2**63, float: 1e38}  # upper limits of settings, which int64 and float32 hold
+MAX_SHOWN = 200  # characters of a value in a message
 # what a change of a setting affects
 Role = Literal[
     "model",  # shapes of the weights; it cannot change on resume
@@ -87,21 +89,26 @@ class Option:
         return self.metadata["only_with"]
 
     def check(self, value: Any) -> Any:
-        """Convert the value to the option's type. Raises ValueError for a wrong type or a value out of range."""
+        """Convert the value to the option's type. Raises ValueError for a wrong type or a value out of range.
+
+        A string is empty only if the default is.
+        """
         if value is None and self.optional:
             return None
         kind, m = self.kind, self.metadata
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
         if is_number and kind in MAX_MAGNITUDE and abs(value) >= MAX_MAGNITUDE[kind]:
             raise ValueError(
-                f"{self.name}={value!r} must be {self.expected()}, of a size below {MAX_MAGNITUDE[kind]:g}"
+                f"{self.name}={shown(value)} must be {self.expected()}, of a size below {MAX_MAGNITUDE[kind]:g}"
             )
         if kind is float and is_number:
             value = float(value)
         elif kind is int and is_number and value == int(value):
             value = int(value)
         elif kind in (int, float) or not isinstance(value, kind):
-            raise ValueError(f"{self.name}={value!r} must be {self.expected()}")
+            raise ValueError(f"{self.name}={shown(value)} must be {self.expected()}")
+        elif kind is str:
+            self._check_text(value)
         if (
             (m["choices"] is not None and value not in m["choices"])
             or (m["least"] is not None and not value >= m["least"])
@@ -111,8 +118,18 @@ class Option:
         ):
             near = difflib.get_close_matches(str(value), m["choices"] or (), n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{self.name}={value!r} must be {self.expected()}{hint}")
+            raise ValueError(f"{self.name}={shown(value)} must be {self.expected()}{hint}")
         return value
+
+    def _check_text(self, value: str) -> None:
+        if not value and self.default != "":
+            raise ValueError(f"{self.name}='' must not be empty")
+        try:
+            is_valid = b"\0" not in os.fsencode(value)
+        except UnicodeEncodeError:
+            is_valid = False
+        if not is_valid:  # no path and no argument of a program can hold it
+            raise ValueError(f"{self.name}={shown(value)} holds a character that the system cannot encode")
 
     def expected(self) -> str:
         """Describe the allowed values."""
@@ -123,6 +140,15 @@ class Option:
         limits = " and ".join(f"{word} {m[name]}" for name, word in BOUNDS.items() if m[name] is not None)
         none = " or None" if self.optional else ""
         return f"{words} {limits}".rstrip() + none
+
+
+def shown(value: Any) -> str:
+    """The value as Python writes it, cut to MAX_SHOWN characters."""
+    try:
+        text = repr(value)
+    except Exception:  # of an integer with too many digits, or of a class that the user wrote
+        return f"{type(value).__name__} that cannot be written"
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
 
 
 @functools.cache

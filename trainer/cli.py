@@ -23,6 +23,7 @@ from trainer.files import read_text
 if TYPE_CHECKING:  # importing chronomoe imports torch, which the data preparers do not need
     from chronomoe.options import Option
 
+CONTAINERS = (list, tuple, dict, set)
 BOOLS = {"true": True, "false": False, "1": True, "0": False}
 ROOT = Path(__file__).parent.parent
 CONFIG_FILES = "Config files are Python: assignments to these keys. Later files and --key=value win."
@@ -144,7 +145,10 @@ def parse_value(option: Option, text: str) -> Any:
 
 
 def read_config_file(path: str, known: Mapping[str, Option], hints: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """The options that a config file sets, checked. The file is executed. Names that start with _ are ignored.
+    """The options that a config file sets, checked. The file is executed.
+
+    Names that start with _ are ignored, and helpers such as functions, unless they are containers with a name that is
+    similar to that of an option.
 
     Raises UserError if the file cannot be read or executed, or sets an unknown option or a wrong value.
     """
@@ -156,16 +160,19 @@ def read_config_file(path: str, known: Mapping[str, Option], hints: Mapping[str,
     try:
         exec(compile(source, path, "exec"), namespace)
     except SyntaxError as e:
-        raise UserError(f"{e.filename}, line {e.lineno}: {e.msg}") from None
-    except (Exception, SystemExit) as e:
+        raise UserError(f"{e.filename or path}, line {e.lineno or '?'}: {e.msg}") from None
+    except KeyboardInterrupt:
+        raise
+    except BaseException as e:  # also SystemExit, GeneratorExit and those of libraries
         line = e.__traceback__.tb_next.tb_lineno if e.__traceback__ and e.__traceback__.tb_next else "?"
         raise UserError(f"{path}, line {line}: {type(e).__name__}: {first_line(e)}") from None
     values = {}
     for name, value in namespace.items():
         value = value.item() if isinstance(value, np.generic) else value
         is_plain = value is None or isinstance(value, (bool, int, float, str))
-        if name.startswith("_") or (name not in known and not is_plain):
-            continue  # imports, functions and other helpers of the file
+        is_helper = name not in known and not is_plain  # an import, a function, a list
+        if name.startswith("_") or (is_helper and not (isinstance(value, CONTAINERS) and _similar(name, known))):
+            continue
         option = known.get(name) or unknown(name, path, known, hints)
         values[option.name] = check(replace(option, name=name), value, path)
     return values
@@ -184,12 +191,18 @@ def unknown(name: str, where: str, known: Mapping[str, Option], hints: Mapping[s
     """Raise UserError for a name that is not an option; `where` is the argument or the config file that sets it."""
     if hints and name in hints:
         raise UserError(f"{where}: {hints[name]}")
+    similar = _similar(name, known)
+    hint = f"did you mean {similar}?" if similar else "--help lists them"
+    raise UserError(f"{where}: there is no setting {name!r}; {hint}")
+
+
+def _similar(name: str, known: Mapping[str, Option]) -> str | None:
+    """The known name that is most similar, if any is."""
     # also compare with the part after a prefix: 'eta' with 'chrono_eta'
     whole = {option.name: option.name for option in known.values()} | {n: n for n in known}
     after_prefix = {n.partition("_")[2]: n for n in known if "_" in n}
     near = difflib.get_close_matches(name, candidates := after_prefix | whole, n=1)
-    hint = f"did you mean {candidates[near[0]]}?" if near else "--help lists them"
-    raise UserError(f"{where}: there is no setting {name!r}; {hint}")
+    return candidates[near[0]] if near else None
 
 
 def _nearest_config(path: str) -> str:

@@ -23,6 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from trainer.errors import UserError, first_line
+from trainer.memory import one_line_out_of_memory
 
 TIMEOUT = datetime.timedelta(minutes=10)  # of the rendezvous, and of one rank waiting for another within a step
 PATIENCE = 10  # seconds of waiting for other ranks to join, before a line says so
@@ -155,14 +156,10 @@ def one_line_errors(world: World) -> Iterator[None]:
     """Turn errors of memory and of the process group into UserErrors, and name the rank in those of other ranks."""
     rank = world.rank
     try:
-        yield
+        with one_line_out_of_memory():
+            yield
     except UserError as e:
         raise UserError(f"rank {rank}: {e}" if rank > 0 else str(e)) from None
-    except torch.OutOfMemoryError as e:
-        raise UserError(
-            f"{first_line(e).split(' Tried')[0]} Lower batch_size and raise gradient_accumulation_steps by the same "
-            "factor"
-        ) from None
     except RuntimeError as e:
         if not (isinstance(e, dist.DistError) or "gloo" in str(e)):
             raise

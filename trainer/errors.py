@@ -4,18 +4,33 @@ Each program imports this module first: importing it hides the traceback of Ctrl
 """
 
 import contextlib
+import errno
+import io
 import os
+import signal
 import sys
 from collections.abc import Callable
-from types import TracebackType
 
 
-def _quiet_interrupt(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+def _quiet_interrupt(kind, error, traceback) -> None:  # type: ignore[no-untyped-def]
     if not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, traceback)
 
 
+def _is_imported_by_program() -> bool:
+    """Whether the program that runs, such as train.py, imports this module itself."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and (frame.f_globals is globals() or "importlib" in frame.f_code.co_filename):
+        frame = frame.f_back
+    return frame.f_globals.get("__name__") == "__main__"
+
+
 sys.excepthook = _quiet_interrupt
+# Libraries turn a KeyboardInterrupt that interrupts their import into other errors, or ignore it. So Ctrl-C ends the
+# process without an exception, until run_script.
+_ends_at_once = _is_imported_by_program() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+if _ends_at_once:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 MOST_CHARACTERS = 4000
@@ -39,6 +54,11 @@ def first_line(e: BaseException) -> str:
     return (str(e).splitlines() or [""])[0]
 
 
+def _report(message: str) -> None:
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f"error: {message}\n")  # one write: ranks share the terminal
+
+
 _exit_handlers_run = [True]
 
 
@@ -50,26 +70,37 @@ def skip_exit_handlers() -> None:
 def run_script(main: Callable[[list[str]], int | None]) -> None:
     """Call a script's main with the command line's arguments and exit with its status.
 
-    2 for a UserError, 130 after Ctrl-C, 141 if the reader of stdout has closed it.
+    2 for a UserError or if stdout cannot be written, 130 after Ctrl-C, 141 if the reader of stdout has closed it.
     """
     _exit_handlers_run[0] = True
     # None if the caller has closed them
     sys.stdout, sys.stderr = (f or open(os.devnull, "w") for f in (sys.stdout, sys.stderr))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for names that its encoding does not have, as on stderr
     try:
+        if _ends_at_once:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         status = main(sys.argv[1:])
+        sys.stdout.flush()
     except UserError as e:
-        with contextlib.suppress(OSError):
-            sys.stderr.write(f"error: {e}\n")  # one write: ranks share the terminal
+        _report(str(e))
         status = 2
     except KeyboardInterrupt:
         status = 130
     except BrokenPipeError:  # the reader of stdout has closed it, as `head` does
         status = 141
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO) or e.filename is not None:
+            raise
+        _report(f"cannot write to stdout: {e.strerror}")
+        status = 2
+    if _ends_at_once:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         sys.stdout.flush()
         sys.stderr.flush()
-    except OSError:  # the reader has closed the pipe
-        sys.stdout = open(os.devnull, "w")
+    except OSError:  # Python would flush it again at its exit, and report the error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if not _exit_handlers_run[0]:
         os._exit(status or 0)
     raise SystemExit(status or 0)

@@ -277,8 +277,18 @@ def record_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 
 def holds_a_run(out_dir: Path) -> bool:
-    """Whether out_dir has logs or a checkpoint."""
-    return _has_content(out_dir / "metrics.jsonl") or checkpoint.exists(out_dir)
+    """Whether out_dir has a checkpoint, or logs of more than step 0: a first step can fail, of a wrong setting."""
+    return checkpoint.exists(out_dir) or _has_logs(out_dir / "metrics.jsonl")
+
+
+def _has_logs(metrics: Path) -> bool:
+    try:
+        with open_regular(metrics) as f:
+            return any(parse_json(line)["step"] != 0 for line in f)
+    except (ValueError, KeyError, TypeError):  # a damaged line
+        return True
+    except OSError:
+        return False
 
 
 def check_is_own(out_dir: Path) -> None:

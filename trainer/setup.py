@@ -33,6 +33,7 @@ from trainer.errors import UserError
 from trainer.guard import NonFiniteGuard
 from trainer.interrupt import Interrupt, ParentWatch
 from trainer.lock import folder_lock
+from trainer.memory import check_memory
 from trainer.progress import Progress
 from trainer.resume import Start, check_data, is_restart, known_files, resolve_start, run_folder
 from trainer.runlog import ConsoleLog, NoLog, RunLog, record_of
@@ -103,6 +104,7 @@ def set_up(given: dict[str, Any], world: World, interrupt: Interrupt, stack: con
     if s.cuda_graphs and (device.type != "cuda" or world.world_size > 1):
         raise UserError("cuda_graphs=True needs CUDA and one rank")
     data, files = _open_data(start, world)
+    check_memory(s, data.vocab_size, device)
     model, optimizer, loop = build(s, data.vocab_size, device)
     if start.weights is not None and start.weights_from is not None:
         start.notes += start_from(start.weights, start.weights_from, model)

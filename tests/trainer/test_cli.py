@@ -1,6 +1,8 @@
 """The command line of every program: values get the type of their option, and each mistake gets one line."""
 
+import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -40,6 +42,14 @@ MISTAKES = [
     ("train", "--eta=1", "'eta'", "did you mean chrono_eta?"),
     ("train", "--min_lr=nan", "min_lr='nan'", "a number at least 0"),
     ("train", "--min_lr=1" + "0" * 400, "min_lr=", "a number"),
+    ("train", "--min_lr=1" + "0" * 5000, "min_lr=", "a number at least 0"),
+    ("train", "--min_lr=1e38", "min_lr=1e+38", "a number at least 0, of a size below 1e+38"),
+    ("train", "--seed=inf", "seed='inf'", "a whole number at least 0"),
+    ("train", "--chrono_k_max=1e299", "chrono_k_max=1e+299", "of a size below 1e+38"),
+    ("train", "--out_dir=", "--out_dir='' must not be empty"),
+    ("train", "--dataset=", "--dataset='' must not be empty"),
+    ("train", "--out_dir=\ud800", "--out_dir='\\ud800'", "cannot encode"),
+    ("train", "--out_dir=a\0b", "--out_dir='a\\x00b'", "cannot encode"),
     ("train", "--dtype=bf16", "dtype='bf16'", "did you mean 'bfloat16'?"),
     ("train", "--init_from=gtp2", "init_from='gtp2'", "did you mean 'gpt2'"),
     ("train", "--n_exp=4 --top_k=5", "top_k=5", "n_exp=4"),
@@ -54,12 +64,16 @@ MISTAKES = [
     ("sample", "--n_layer=3", "n_layer is a key of train.py", "--out_dir"),
     ("sample", "--prompt", "--prompt=VALUE"),
     ("sample", "--beta=of", "beta='of'", "'on', 'off'"),
+    ("sample", "--out_dir=", "--out_dir='' must not be empty"),
     ("sample", "--top_k=0", "top_k=0", "at least 1 or None"),
     ("sample", "--out_dir=nowhere", "there is no checkpoint in nowhere"),
     ("sample", "--init_from=gtp2", "did you mean 'gpt2'?"),
     ("sample", "--prompt=FILE:no.txt", "cannot read the prompt no.txt", "No such file"),
     ("compare", "config/study.py --sees=3", "did you mean seeds?"),
     ("compare", "config/study.py --seeds=0", "--seeds=0 must be a whole number at least 1"),
+    ("compare", "config/study.py --seeds=1" + "0" * 5000, "--seeds='1000", "a whole number at least 1"),
+    ("compare", "config/study.py --seeds=100001", "--seeds=100001", "at least 1 and at most 100000"),
+    ("compare", "config/study.py --out_dir=", "--out_dir='' must not be empty"),
     ("compare", "config/study.py --seed=3", "--seeds=N", "--arms=A,B"),
     ("compare", "config/study.py --arm=off", "--seeds=N", "--arms=A,B"),
     ("compare", "config/study.py --n_exp=x", "n_exp='x'", "a whole number at least 1"),
@@ -85,6 +99,15 @@ FILE_MISTAKES = [
     ("n_exp = [4]\n", "n_exp=[4]", "a whole number at least 1"),
     ("max_iters = float('nan')\n", "max_iters=nan", "a whole number"),
     ("n_exp = 4  # \udcff\n", "not UTF-8"),
+    ("n_exp = 4\0\n", "null bytes"),
+    ("n_exp = 4\nraise GeneratorExit\n", "line 2", "GeneratorExit"),
+    ("raise SystemExit('enough')\n", "line 1", "SystemExit: enough"),
+    ("def f(): f()\nf()\n", "line 2", "RecursionError"),
+    ("import asyncio\nraise asyncio.CancelledError\n", "line 2", "CancelledError"),
+    ("seed = 10**5000\n", "seed=int that cannot be written", "a whole number at least 0"),
+    ("n_exps = [4]\n", "'n_exps'", "did you mean n_exp?"),
+    ("out_dir = ''\n", "out_dir='' must not be empty"),
+    ("out_dir = 'a' * 5000 + '\\0'\n", "out_dir='aaaa", "cannot encode"),
 ]
 
 
@@ -92,8 +115,9 @@ FILE_MISTAKES = [
 def test_a_mistake_on_the_command_line_is_one_line(mistake, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     program, command, *expected = mistake
-    message = error_of(PROGRAMS[program][0], command.split())
+    message = error_of(PROGRAMS[program][0], command.split(" "))
     assert all(part in message for part in expected), message
+    assert len(message) < 1000
 
 
 @pytest.mark.parametrize("mistake", FILE_MISTAKES, ids=lambda m: m[1])
@@ -105,6 +129,7 @@ def test_a_mistake_in_a_config_file_is_one_line_that_names_the_file(mistake, tmp
     (tmp_path / "own.py").write_bytes(content.encode(errors="surrogateescape"))
     message = error_of(train.main, [str(tmp_path / "own.py")])
     assert all(part in message for part in (str(path), *expected)), message
+    assert len(message) < 1000
 
 
 def test_every_script_prints_one_line_and_exits_with_2():
@@ -114,6 +139,37 @@ def test_every_script_prints_one_line_and_exits_with_2():
         printed = process.communicate(timeout=120)
         assert printed == ("", "error: --zzz=1: there is no setting 'zzz'; --help lists them\n")
         assert process.returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("shell", "expected"),
+    [
+        ("train.py --help >&-", ("", "", 0)),
+        ("train.py --help >/dev/full", ("", "error: cannot write to stdout: No space left on device\n", 2)),
+        ("bench.py --zzz >/dev/full 2>&-", ("", "", 2)),
+        ("train.py --out_dir=日本 --init_from=resume", ("", "error: there is no checkpoint \\u65e5\\u672c/ckpt.pt", 2)),
+        ("compare.py --plan 日本", ("", "error: \\u65e5\\u672c: no config.json", 2)),
+    ],
+)
+def test_what_the_streams_do_not_take_is_not_a_traceback(shell, expected, tmp_path):
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    command = ["sh", "-c", f"exec {sys.executable} {ROOT}/{shell}"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr[: len(expected[1])], done.returncode) == expected
+    assert done.stderr.count("\n") == (1 if expected[1] else 0)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_ctrl_c_during_the_imports_ends_the_program_and_prints_nothing(program, tmp_path):
+    """Libraries turn an interrupt of their import into other errors, as this torch does."""
+    (tmp_path / "torch.py").write_text(
+        "import time\nprint('importing', flush=True)\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    1 / 0\n"
+    )
+    command, environment = [sys.executable, f"{ROOT}/{program}.py", "--help"], {"PYTHONPATH": str(tmp_path)}
+    process = subprocess.Popen(command, env=os.environ | environment, stdout=-1, stderr=-1, text=True)
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) == ("", "") and process.returncode == -signal.SIGINT
 
 
 def test_a_closed_stdout_is_not_a_traceback(monkeypatch):
