@@ -124,6 +124,8 @@ def load(path: Path) -> dict[str, Any]:
             if e.errno not in TRANSIENT or seconds is None:
                 raise UserError(f"cannot read {path}: {e.strerror}; it is not changed") from None
             time.sleep(seconds)
+        except MemoryError:
+            raise UserError(f"cannot load {path}: there is not enough memory; it is not changed") from None
     try:
         structure.check_extent(checkpoint)
         structure.check(checkpoint, structure.CHECKPOINT)
@@ -146,7 +148,7 @@ def _reading(path: Path) -> Iterator[BinaryIO]:
 
 
 def _unpickled(f: BinaryIO, path: Path) -> Any:
-    """torch.load of a file whose content is verified as far as it can be. Raises Damaged or UserError."""
+    """torch.load of a file whose content is verified as far as it can be. Raises Damaged, UserError or MemoryError."""
     try:
         return torch.load(f, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
@@ -157,7 +159,7 @@ def _unpickled(f: BinaryIO, path: Path) -> Any:
         raise Damaged("it is incomplete or not a checkpoint") from None
     except Exception as e:  # damaged bytes raise many kinds of exceptions
         if isinstance(e, MemoryError) or "alloc" in str(e):
-            raise UserError(f"cannot load {path}: there is not enough memory; it is not changed") from None
+            raise MemoryError from None
         raise Damaged("it is incomplete or not a checkpoint") from None
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MOST_VALUES = 1 << 24  # in a file: values in containers plus characters
+MOST_VALUES = 1 << 20  # in containers of a file; a text counts as one value per CHARACTERS
+CHARACTERS = 64
 DEEPEST = 20  # nesting of containers
 MOST_BITS = 63  # of an integer
 
@@ -167,10 +168,11 @@ def check_extent(value: Any) -> None:
             raise WrongStructure(f"it holds an integer of {found.bit_length()} bits")
         if not isinstance(found, (dict, list, tuple, set, frozenset, str, bytes, bytearray)):
             continue
-        used += len(found)
+        is_text = isinstance(found, (str, bytes, bytearray))
+        used += len(found) // CHARACTERS if is_text else len(found)
         if used > MOST_VALUES or depth > DEEPEST:
             raise WrongStructure("it holds too many values in each other")
-        if not isinstance(found, (str, bytes, bytearray)):
+        if not is_text:
             items: Iterable[Any] = (*found.keys(), *found.values()) if isinstance(found, dict) else found
             stack.extend((item, depth + 1) for item in items)
 

@@ -127,11 +127,11 @@ def snapshot(out):
     return {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in files}
 
 
-def shared_lists(depth):
-    """A list that is small in memory and in a file, and has over 2^depth elements when it is printed."""
-    value = ["ha"] * 2
+def shared_lists(depth, width=2):
+    """A list that is small in memory and in a file, and has over width^depth elements when it is printed."""
+    value = ["ha"]
     for _ in range(depth):
-        value = [value, value]
+        value = [value] * width
     return value
 
 

@@ -305,6 +305,8 @@ WRONG = {
         dict(model_args={"n_head": runs.shared_lists(15)}),
         "its model_args/n_head must be",
     ),
+    "wide_lists": (dict(model_args={"n_head": runs.shared_lists(11, 4)}), "too many values"),
+    "deep_lists": (dict(model_args={"n_head": runs.shared_lists(100, 1)}), "too many values"),
     "many_lists": (dict(model_args={"n_head": runs.shared_lists(60)}), "too many values"),
     "lists_in_unfinished": (dict(unfinished=runs.shared_lists(30)), "too many values"),
     "keys_of_a_number": (lambda saved: saved["model"].update({3: torch.ones(1)}), "the keys of its model must be str"),

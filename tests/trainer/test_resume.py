@@ -236,6 +236,17 @@ def test_a_file_that_cannot_be_read_is_not_taken_as_absent(name, half, resume, m
     assert runs.snapshot(half) == before
 
 
+def test_a_folder_that_cannot_be_read_is_not_taken_as_empty(half, resume, monkeypatch):
+    def lstat(path):
+        raise OSError(5, "Input/output error")
+
+    before = runs.snapshot(half)
+    with monkeypatch.context() as m:
+        m.setattr(os, "lstat", lstat)
+        assert f"cannot read {half}: Input/output error" in runs.error_of(resume, half, init_from="auto")
+    assert runs.snapshot(half) == before
+
+
 def test_a_start_that_is_refused_because_the_disk_is_full_leaves_nothing(start, out, monkeypatch):
     def full(handle):
         raise OSError(28, "No space left on device")

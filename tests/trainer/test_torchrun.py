@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -108,6 +109,8 @@ def test_a_missing_rank_or_half_of_torchruns_environment_gets_one_line(ranks_key
         monkeypatch.setenv(name, str(value))
     assert "rank 0 of 2 could not join the others" in runs.error_of(train.main, ranks_keys(out))
     assert "waits" not in capsys.readouterr().err
+    # nor later
+    child.wait_for(lambda: not any(isinstance(thread, threading.Timer) for thread in threading.enumerate()), 5)
     monkeypatch.setattr(distributed, "PATIENCE", 0.2)
     assert "rank 0 of 2 could not join the others" in runs.error_of(train.main, ranks_keys(out))
     line = "rank 0 of 2 waits for the other ranks at localhost:29517, 0:00:01 at most"
