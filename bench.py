@@ -46,6 +46,7 @@ from trainer import cli
 from trainer.device import kernel_fusion, select_device
 from trainer.distributed import process_group, torchrun_environment
 from trainer.environment import describe_environment
+from trainer.memory import one_line_out_of_memory
 from trainer.settings import Settings
 
 PARTS = {
@@ -100,7 +101,7 @@ def main(arguments: list[str]) -> int:
     fused, notes = kernel_fusion(compile=False, fuse=True, device=device)
     for note in notes:
         report.info(note)
-    with fused:
+    with fused, one_line_out_of_memory("measure fewer parts, or give --quick"):
         for part in parts or [*PARTS, *(["profile"] if device.type == "cpu" and not options.quick else [])]:
             if part == "profile":
                 profile.measure(report, effort, options.quick, options.against)

@@ -28,6 +28,7 @@ from model import GPT, GPT2_MODELS
 from trainer import checkpoint, cli
 from trainer.data import DATA, open_dataset, read_meta
 from trainer.device import autocast_context, resolve_dtype, select_device
+from trainer.memory import one_line_out_of_memory
 from trainer.settings import Settings, keys
 from trainer.weights import build_model, checkpoint_path, find_weights, is_gpt2, load_checkpoint
 
@@ -75,10 +76,11 @@ def main(arguments: list[str]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # the terminal may not support a character
     try:
-        if s.explore:
-            explore(s)
-        else:
-            sample(s)
+        with one_line_out_of_memory("use a smaller model, or --device=cpu"):
+            if s.explore:
+                explore(s)
+            else:
+                sample(s)
     except KeyboardInterrupt:
         print()
         return 130

@@ -29,7 +29,8 @@ def measure(report: Report, effort: Effort, quick: bool, against: str | None) ->
                 command = [sys.executable, str(HERE / "one_step.py"), checkout, shape, str(steps)]
                 done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode != 0:
-                    raise UserError(f"the training step of {checkout} fails: {done.stderr.strip().splitlines()[-1]}")
+                    reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+                    raise UserError(f"the training step of {checkout} fails: {reason}")
                 answers[name].append(json.loads(done.stdout))
         if against:
             times = {name: [answer["ms"] for answer in of_checkout] for name, of_checkout in answers.items()}

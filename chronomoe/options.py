@@ -91,7 +91,7 @@ class Option:
     def check(self, value: Any) -> Any:
         """Convert the value to the option's type. Raises ValueError for a wrong type or a value out of range.
 
-        A string is empty only if the default is.
+        A string is any text if the default is empty; otherwise it is a name, which is not empty.
         """
         if value is None and self.optional:
             return None
@@ -107,8 +107,8 @@ class Option:
             value = int(value)
         elif kind in (int, float) or not isinstance(value, kind):
             raise ValueError(f"{self.name}={shown(value)} must be {self.expected()}")
-        elif kind is str:
-            self._check_text(value)
+        elif kind is str and self.default != "":
+            self._check_name(value)
         if (
             (m["choices"] is not None and value not in m["choices"])
             or (m["least"] is not None and not value >= m["least"])
@@ -121,14 +121,15 @@ class Option:
             raise ValueError(f"{self.name}={shown(value)} must be {self.expected()}{hint}")
         return value
 
-    def _check_text(self, value: str) -> None:
-        if not value and self.default != "":
+    def _check_name(self, value: str) -> None:
+        """Raise ValueError for a string that no path and no argument of a program can be."""
+        if not value:
             raise ValueError(f"{self.name}='' must not be empty")
         try:
             is_valid = b"\0" not in os.fsencode(value)
         except UnicodeEncodeError:
             is_valid = False
-        if not is_valid:  # no path and no argument of a program can hold it
+        if not is_valid:
             raise ValueError(f"{self.name}={shown(value)} holds a character that the system cannot encode")
 
     def expected(self) -> str:

@@ -119,6 +119,8 @@ def write(path: Path, data: dict[str, Any], title: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as f:
-            f.write(page.encode())
-    except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror}") from None
+            f.write(page.encode(errors="backslashreplace"))  # the name of a folder need not be text
+    except (OSError, ValueError) as e:  # ValueError for a path without a name, such as '.'
+        raise UserError(
+            f"cannot write {path}: {e.strerror if isinstance(e, OSError) else 'it is not a file'}"
+        ) from None

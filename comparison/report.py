@@ -31,7 +31,7 @@ from comparison.analysis import (
 from comparison.figures import COLOURS, Figure
 from comparison.probe import Probe, probe
 from comparison.runs import Arms, Run, effective
-from comparison.tables import COLUMNS, DRIVERS, Table, cells, short_verdict
+from comparison.tables import COLUMNS, DRIVERS, Table, as_text, cells, short_verdict
 from trainer.errors import UserError
 from trainer.files import atomic_write, parse_json, read_text
 
@@ -181,7 +181,7 @@ def folder_for(out: Path, arms: Arms) -> tuple[Path, str | None]:
     folder, number, note = out, 1, None
     while True:
         try:
-            before = parse_json(read_text(folder / "comparison.json"))
+            before = _earlier_report(folder)
             curves = {
                 (arm, int(seed)): curve for arm, of in before["validation_loss"].items() for seed, curve in of.items()
             }
@@ -198,6 +198,14 @@ def folder_for(out: Path, arms: Arms) -> tuple[Path, str | None]:
         note = f"{out} has the report of other runs, so this one is in {folder}"
 
 
+def _earlier_report(folder: Path) -> Any:
+    """The content of comparison.json. Raises OSError, or ValueError if it is damaged."""
+    path = folder / "comparison.json"
+    if path.exists() and not path.is_file():  # opening a named pipe waits
+        raise ValueError("it is not a file")
+    return parse_json(read_text(path))
+
+
 def _is_same(run: Run | None, curve: dict[str, float]) -> bool:
     """Whether an earlier report has this run: their validation losses agree at the last step that both have."""
     losses = {} if run is None else dict(zip(*run.series("val/loss")))
@@ -209,7 +217,7 @@ def earlier_studies(out: Path) -> tuple[list[dict[str, Any]], str | None]:
     """(studies of the earlier reports in `out`, oldest first; why they are not known, or None)."""
     path = out / "comparison.json"
     try:
-        before = parse_json(read_text(path))
+        before = _earlier_report(out)
         studies = [
             {"date": str(k["date"]), "study": str(k["study"]), "seeds": [*k["seeds"]], "steps": int(k["steps"])}
             for k in before["looks"]
@@ -234,12 +242,13 @@ def write(out: Path, comparison: Comparison) -> dict[str, Path]:
         ]
         for name, content in (
             *((name, image) for _, name, image in drawn),
-            ("report.html", as_html(comparison, [figure for figure, *_ in drawn]).encode()),
-            ("report.md", as_markdown(comparison, [(figure, name) for figure, name, _ in drawn]).encode()),
-            ("comparison.json", (json.dumps(as_json(comparison), indent=1) + "\n").encode()),
+            ("report.html", as_html(comparison, [figure for figure, *_ in drawn])),
+            ("report.md", as_markdown(comparison, [(figure, name) for figure, name, _ in drawn])),
+            ("comparison.json", json.dumps(as_json(comparison), indent=1) + "\n"),
         ):
             with atomic_write(out / name) as f:
-                f.write(content)
+                # the name of a folder need not be text
+                f.write(content if isinstance(content, bytes) else content.encode(errors="backslashreplace"))
         return {figure.title: out / name for figure, name, _ in drawn}
     except OSError as e:
         raise UserError(f"cannot write the report to {out}: {e.strerror}") from None
@@ -324,12 +333,12 @@ def as_html(c: Comparison, drawn: list[Figure]) -> str:
 
 def as_markdown(c: Comparison, drawn: list[tuple[Figure, str]]) -> str:
     differ, _ = tables.settings(c.arms)
-    lines = ["# Beta on against beta off", "", f"**{conclusion(c.analysis)}**", ""]
-    lines += [f"- {sentence}" for sentence in c.sentences]
-    lines += ["", _facts(c), "", " ".join(TESTED), ""]
+    lines = ["# Beta on against beta off", "", f"**{as_text(conclusion(c.analysis))}**", ""]
+    lines += [f"- {as_text(sentence)}" for sentence in c.sentences]
+    lines += ["", as_text(_facts(c)), "", " ".join(TESTED), ""]
     lines += tables.by_arm(c.arms, c.analysis).as_markdown()
     if c.left_out:
-        lines += ["", "Left out:", "", *(f"- {reason}" for reason in c.left_out)]
+        lines += ["", "Left out:", "", *(f"- {as_text(reason)}" for reason in c.left_out)]
     lines += ["", "## Losses and routing", "", *tables.measures_by_arm(c.arms).as_markdown()]
     if c.rows:
         lines += ["", "## All contrasts", "", NOTE if c.is_tested else FEW, "", *contrasts(c).as_markdown()]

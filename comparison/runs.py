@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 from chronomoe.options import is_active
@@ -30,6 +29,7 @@ KEYS = keys()
 ROLE_OF_KEY: dict[str, str] = {name: key.role for name, key in KEYS.items()} | ENVIRONMENT
 SHOWN = (*COMPARED, "machine", "pair")  # roles of the keys that a report lists if they differ
 PAIR_KEYS = tuple(key for key, role in ROLE_OF_KEY.items() if role == "pair")
+LARGEST = 1e100  # of a metric; statistics of larger numbers overflow
 RUN_FILES = ("config.json", "metrics.jsonl", checkpoint.NAME)  # a folder with one of them holds a run
 
 Arms = dict[str, dict[int, "Run"]]  # runs by arm and seed
@@ -89,7 +89,7 @@ class Run:
     def by_expert(self, name: str) -> dict[tuple[int, int], tuple[list[int], list[float]]]:
         """(transformer block, expert) -> (steps, values) of a metric of the experts."""
         metrics = {metric for line in self.lines for metric in line}
-        matches = [re.fullmatch(rf"expert/L(\d+)_E(\d+)/{name}", metric) for metric in metrics]
+        matches = [re.fullmatch(rf"expert/L(\d{{1,9}})_E(\d{{1,9}})/{name}", metric) for metric in metrics]
         found = sorted((int(m[1]), int(m[2]), m[0]) for m in matches if m)
         return {(block, e): self.series(metric) for block, e, metric in found if self.series(metric)[0]}
 
@@ -113,6 +113,9 @@ class Unusable(UserError):
 
 def load_run(folder: Path) -> Run:
     """Load the run in a folder. Raises Unusable if there is none or if it cannot be compared; see `checked`."""
+    for name in (*RUN_FILES, "decisions.jsonl"):
+        if (folder / name).exists() and not (folder / name).is_file():  # opening a named pipe waits
+            raise Unusable(f"{folder}: cannot be read ({name} is not a file)")
     saved = _last_checkpoint(folder)
     saved_config = saved.get("config") if isinstance(saved.get("config"), dict) else None
     try:
@@ -156,6 +159,8 @@ def _decisions(path: Path) -> list[dict[str, Any]]:
         types = {"expert_id": str, "reason": str, "action": str, "step": int}
         if not all(isinstance(decision[key], kind) for decision in found for key, kind in types.items()):
             raise ValueError("a line is not a prune proposal")
+        if not all(decision[key].isprintable() for decision in found for key in ("expert_id", "reason")):
+            raise ValueError("a name holds a control character")  # vl_convert ends the process
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError) as e:
@@ -191,8 +196,9 @@ def checked(run: Run) -> Run:
     except ValueError as e:
         raise UserError(f"{name}: its settings are not those of a run: {e}") from None
     run = replace(run, config=config)
-    if not all(isinstance(v, (int, float, NoneType)) for line in run.lines for v in line.values()):
-        raise UserError(f"{name}: a metric is not a number")
+    metrics = (v for line in run.lines for v in line.values() if v is not None)
+    if not all(isinstance(v, (int, float)) and abs(v) < LARGEST for v in metrics):  # False for NaN
+        raise UserError(f"{name}: a metric is not a number, or not below {LARGEST:g}")
     last = run.lines[-1]["step"] if run.lines else 0
     if last < run.steps or not run.lines:
         raise UserError(f"{name}: at step {last} of {run.steps}, still training or stopped")
@@ -251,7 +257,8 @@ def _with_complete_logs(run: Run) -> Run:
 
     def missing(interval: int, found: set[int]) -> int | None:
         """The first step of a schedule that is not in `found`; the last step is in every schedule."""
-        expected = itertools.chain(range(interval, run.steps, interval), [run.steps])
+        start = interval * (max(first, 0) // interval + 1)
+        expected = itertools.chain(range(start, run.steps, interval), [run.steps])
         return next((step for step in expected if step > first and step not in found), None)
 
     losses = {line["step"]: line["val/loss"] for line in run.lines if "val/loss" in line}

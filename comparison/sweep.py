@@ -52,7 +52,10 @@ class Job:
     def done(self) -> int:
         """The last step that the run has logged."""
         try:
-            with (self.out_dir / "metrics.jsonl").open("rb") as f:
+            metrics = self.out_dir / "metrics.jsonl"
+            if not metrics.is_file():  # opening a named pipe waits
+                return 0
+            with metrics.open("rb") as f:
                 steps = [parse_json(line)["step"] for line in f if line.endswith(b"\n")]
                 return max((step for step in steps if isinstance(step, int)), default=0)
         except (OSError, ValueError, KeyError, TypeError):
@@ -162,8 +165,9 @@ def load(job: Job) -> Run:
 
 
 def _config_json(out_dir: Path) -> dict[str, Any] | None:
+    path = out_dir / "config.json"
     try:
-        config = parse_json(read_text(out_dir / "config.json"))
+        config = parse_json(read_text(path)) if path.is_file() else None
     except (OSError, ValueError):
         return None
     return config if isinstance(config, dict) else None

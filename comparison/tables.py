@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +34,11 @@ DRIVERS = {  # of beta, by arm
 UNUSED = "-"  # a setting without effect in an arm
 
 
+def as_text(text: str) -> str:
+    """Text for a line of Markdown, in which names of runs and values of settings are not markup."""
+    return re.sub(r"[\\`*<&\[|$~]", r"\\\g<0>", " ".join(text.split()))
+
+
 @dataclass(frozen=True)
 class Table:
     """Cells as text. The first column names the row."""
@@ -49,7 +55,7 @@ class Table:
     def as_markdown(self) -> list[str]:
         """The lines of the table in Markdown."""
         lines = [self.columns, ["---"] * len(self.columns), *self.rows]
-        return ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in lines]
+        return ["| " + " | ".join(map(as_text, cells)) + " |" for cells in lines]
 
     def as_lines(self) -> list[str]:
         """The table as text in columns."""

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import random
 import shutil
@@ -211,8 +212,16 @@ def test_what_does_not_fit_is_one_line(byte_run, tmp_path):
     output = weights.pop("lm_head.weight")
     misfit = copied(byte_run, tmp_path / "misfit", weights)
     nan = copied(byte_run, tmp_path / "nan", weights | {"lm_head.weight": output * torch.nan})
+    os.mkfifo(pipe := tmp_path / "pipe")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("text")
     for folder, argument, message in [
         (byte_run, "--dataset=nope", "--dataset"),
+        (byte_run, f"--init_from={pipe}", "pipe: it is not a file"),
+        (byte_run, "--explore=.", "cannot write .: it is not a file"),
+        (byte_run, f"--explore={tmp_path}", "Is a directory"),
+        (tmp_path / "empty", "", "there is no checkpoint in"),
+        (tmp_path / "file", "", "Not a directory"),
         (byte_run, "--device=nothing", "--device=cpu"),
         (byte_run, "--temperature=1e-300", "temperature=1e-300, are not finite"),
         (byte_run, f"--dataset={plain}", "the model has 257 tokens, fewer than GPT-2"),
@@ -221,3 +230,8 @@ def test_what_does_not_fit_is_one_line(byte_run, tmp_path):
         (nan, "", "are not finite"),
     ]:
         assert message in error_of(sample.main, [f"--out_dir={folder}", *argument.split()])
+
+
+def test_running_out_of_memory_is_one_line(byte_run, monkeypatch):
+    monkeypatch.setattr(GPT, "stream", lambda *_: torch.empty(10**15))
+    assert error_of(sample.main, [f"--out_dir={byte_run}"]).endswith("use a smaller model, or --device=cpu")

@@ -282,6 +282,8 @@ def holds_a_run(out_dir: Path) -> bool:
 
 
 def _has_logs(metrics: Path) -> bool:
+    if not os.path.isfile(metrics):  # returns False for a path that is too long; Path raises
+        return False
     try:
         with open_regular(metrics) as f:
             return any(parse_json(line)["step"] != 0 for line in f)

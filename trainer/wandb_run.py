@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +41,7 @@ class WandbRun:
         try:
             import wandb
 
+            logging.raiseExceptions = False  # on a full disk W&B's logger would print a traceback for each line
             mode, why = _mode(wandb)
             if mode == "disabled":
                 info(f"W&B: disabled ({why})")
@@ -105,8 +107,8 @@ class WandbRun:
         hint = f"; to upload: wandb sync {self.folder}"
         self.calls.finish(run.finish, HASTY_TIMEOUT if in_haste else FINISH_TIMEOUT, hint)
         lost = _lost(Path(self.folder))
-        if lost:
-            self.info(f"W&B: {self.folder} is incomplete ({lost}); metrics.jsonl is complete")
+        if lost and not self.calls.failed:
+            self.info(f"W&B: {self.folder} is incomplete ({lost})")
 
     def _log(self, wandb: Any, run: Any, values: Line) -> None:
         content: dict[str, Any] = {name: value for name, value in values.items() if value is not None}

@@ -13,6 +13,7 @@ from benchmark.layer import competitors
 from benchmark.rates import make_dense
 from benchmark.step import SliceStep
 from benchmark.timing import median_interval, rows
+from tests.helpers.runs import error_of
 from trainer.errors import UserError
 
 CPU = torch.device("cpu")
@@ -113,3 +114,12 @@ def test_json_goes_to_stdout_and_tables_to_stderr(capsys, monkeypatch):
 def test_profile_against_a_folder_without_a_checkout_is_refused():
     with pytest.raises(UserError, match=r"no model\.py there"):
         bench.main(["profile", "--against=data", "--device=cpu"])
+
+
+def test_running_out_of_memory_and_a_step_that_fails_without_a_message_are_one_line(monkeypatch, tmp_path):
+    monkeypatch.setitem(bench.PARTS, "data", lambda *_: torch.empty(10**15))
+    assert error_of(bench.main, ["data"]).startswith("out of memory")
+    (tmp_path / "model.py").write_text("import os\nos._exit(3)\n")
+    (tmp_path / "chronomoe.py").write_text("ChronoConfig = ChronoLoop = None\n")
+    message = error_of(bench.main, ["profile", "--quick", f"--against={tmp_path}"])
+    assert message == f"the training step of {tmp_path} fails: exit status 3"

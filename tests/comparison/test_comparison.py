@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -147,6 +148,12 @@ def test_study_changed_after_its_report_gets_a_warning(tmp_path):
         assert warnings(runs, "changed after an earlier report is not known")
 
 
+def as_pipe(path):
+    """Replace the file by a named pipe. Opening it to read waits for a writer."""
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
 RESUMED = {"step": 50, "changed": {"chrono_eta": [1e-4, 1e-3], "max_iters": [50, 100], "device": ["cuda", "cpu"]}}
 DAMAGE = {  # the reason that is given: what is done to the folder of a run
     "no metrics.jsonl": lambda f: (f / "metrics.jsonl").unlink(),
@@ -163,6 +170,23 @@ DAMAGE = {  # the reason that is given: what is done to the folder of a run
     "step 80 is logged after step 80": lambda f: change_lines(f, lambda lines: lines[:9] + lines[8:]),
     "up to step 110, beyond": lambda f: change_lines(f, lambda lines: [*lines, '{"step": 110, "val/loss": 2}']),
     "a metric is not a number": lambda f: change_lines(f, lambda x: [x[0][:-1] + ', "x": "y"}', *x[1:]]),
+    "not a number, or not below 1e+100": lambda f: change_lines(
+        f, lambda x: [x[0][:-1] + f', "x": {10**400}}}', *x[1:]]
+    ),
+    "a metric is not a number, or": lambda f: change_lines(f, lambda x: [x[0][:-1] + ', "x": NaN}', *x[1:]]),
+    "config.json is not a file": lambda f: as_pipe(f / "config.json"),
+    "metrics.jsonl is not a file": lambda f: as_pipe(f / "metrics.jsonl"),
+    "ckpt.pt is not a file": lambda f: (f / "ckpt.pt").mkdir(),
+    "decisions.jsonl is not a file": lambda f: as_pipe(f / "decisions.jsonl"),
+    "decisions.jsonl: cannot be read ('int'": lambda f: (f / "decisions.jsonl").write_text("5\n"),
+    "decisions.jsonl: cannot be read (a name holds": lambda f: (f / "decisions.jsonl").write_text(
+        '{"expert_id": "\\ud800", "reason": "", "action": "open", "step": 1}\n'
+    ),
+    "chrono_signal=['load'] must be one of": lambda f: change_config(f, chrono_signal=["load"]),
+    f"evaluation of step {10**18} is missing": lambda f: change_lines(
+        change_config(f, max_iters=2 * 10**18, history=[START | {"step": 10**18 - 1}]),
+        lambda lines: [*lines, json.dumps({"step": 2 * 10**18, "val/loss": 2.0})],
+    ),
     "step 0 of 0": lambda f: change_lines(change_config(f, max_iters=0), lambda lines: []),
     "the line of step 5 is missing": lambda f: change_config(f, log_interval=5),
     "its logs are incomplete: 2 lines are damaged": lambda f: change_config(f, incomplete=["2 lines are damaged"]),
@@ -185,6 +209,8 @@ DAMAGE = {  # the reason that is given: what is done to the folder of a run
 ANY = {"off": {"unknown"}, "on": {"unknown"}}
 LOST = {  # what is lost with the run, if not seed 2 of 'off'
     **dict.fromkeys(("no metrics.jsonl", "cannot be read", "no config.json", "not that of a run"), ANY),
+    **dict.fromkeys((f"{name} is not a file" for name in ("config.json", "metrics.jsonl", "ckpt.pt")), ANY),
+    "decisions.jsonl is not a file": ANY,
     "seed=[1] must be a whole number": {"off": {"unknown"}},
     "arm=['on'] must be one of": {"off": {"2"}, "on": {"2"}},
     "arm='best' must be one of": {"best": {"2"}},

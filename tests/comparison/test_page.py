@@ -68,6 +68,24 @@ def test_one_pair_gets_its_numbers_and_no_verdict_and_no_report_is_lost(tmp_path
     assert "on 6 runs in" in capsys.readouterr().out
 
 
+def test_names_are_text_in_the_page_and_in_markdown_whatever_they_hold(tmp_path):
+    name = "<b>|`a`[c](d) $\\foo$ &amp;\n*\udcff*"
+    runs = [make_run(seed, arm=arm, wandb_project=name, git_commit=name) for arm in ("off", "on") for seed in (1, 2)]
+    runs[-1] = dataclasses.replace(runs[-1], name=name, config=runs[-1].config | {"learning_rate": 0.5})
+    arms = arms_of(runs[:-1])
+    comparison = report.compare(arms, {}, [f"{name}: left out"], {}, f"python compare.py {name}", tmp_path)
+    report.write(tmp_path, comparison)
+    page, markdown = ((tmp_path / f"report.{kind}").read_text() for kind in ("html", "md"))
+    for text in (page, markdown):
+        assert "left out" in text and "python compare.py" in text
+    markup = r"(?<!\\)[<`*|$&\[]"
+    lines = [line for line in markdown.splitlines() if "udcff" in line]
+    assert len(lines) == 3  # the reason, the commit and the command
+    for line in lines:
+        assert not re.search(markup, line.strip("| ").replace(" | ", "  "))
+    assert "<b>" not in page.partition('id="charts"')[0] and "&lt;b&gt;" in page
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
 def test_page_works_offline_in_a_browser(tmp_path):
     """The names of settings and runs are text, also those that look like HTML."""

@@ -1,5 +1,6 @@
 """The command line of every program: values get the type of their option, and each mistake gets one line."""
 
+import io
 import os
 import re
 import signal
@@ -157,6 +158,13 @@ def test_what_the_streams_do_not_take_is_not_a_traceback(shell, expected, tmp_pa
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert (done.stdout, done.stderr[: len(expected[1])], done.returncode) == expected
     assert done.stderr.count("\n") == (1 if expected[1] else 0)
+
+
+def test_a_character_that_stdout_cannot_encode_is_printed_as_its_code(monkeypatch):
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(printed := io.BytesIO(), encoding="ascii"))
+    with pytest.raises(SystemExit, match="0"):
+        run_script(lambda arguments: print("\u65e5 \udcff"))
+    assert printed.getvalue() == b"\\u65e5 \\udcff\n"
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

@@ -4,9 +4,11 @@ import re
 
 import pytest
 
-from tests.helpers.runs import ALL_ON, ROOT, error_of
+import train
+from tests.helpers.runs import ALL_ON, FULL, ROOT, TINY, arguments, error_of
 from trainer.arms import ARMS
 from trainer.environment import check_torch
+from trainer.errors import UserError
 from trainer.settings import from_arguments, keys
 
 CONFIG_FILES = sorted(str(p) for p in (ROOT / "config").rglob("*.py") if p.name != "__init__.py")
@@ -29,6 +31,23 @@ def test_keys_defaults_roles_and_allowed_values_are_the_recorded_ones():
     found = [f"{key.name} | {key.default!r} | {key.role} | {key.expected()}" for key in keys().values()]
     assert ["key | default | role | allowed values", *found] == [re.sub(r" *\| ", " | ", line) for line in recorded]
     assert flat() == {name: key.default for name, key in keys().items()} | {"arm": "off"}
+
+
+FOREVER = ("max_iters", "gradient_accumulation_steps", "eval_iters")  # settings whose largest value takes forever
+LARGEST = {float: 9.9e37, int: 2**63 - 1}
+EXTREMES = [(key.name, LARGEST[key.kind]) for key in keys().values() if key.kind in LARGEST and key.name not in FOREVER]
+EXTREMES += [(key.name, 5e-324) for key in keys().values() if key.kind is float]
+
+
+@pytest.mark.parametrize(("name", "value"), EXTREMES)
+def test_the_largest_and_smallest_number_of_a_setting_trains_or_is_one_line(name, value, dataset, out):
+    switches = dict(use_aux_loss=True, use_router_z_loss=True, use_switch_tfm_init=True, train_capacity=1.0)
+    settings = TINY | FULL | switches | dict(max_iters=1, eval_iters=1, dataset=dataset, out_dir=out)
+    try:
+        assert train.main(arguments(settings | {name: value})) == 0
+    except UserError as e:
+        assert f"{name}=" in str(e) or name == "block_size"  # the data are too short
+        assert not out.exists()
 
 
 def test_the_page_for_nanomoes_users_has_every_key_and_our_defaults():

@@ -246,6 +246,21 @@ def test_a_study_has_one_group_and_a_sweep_trains_every_arm_in_folders_of_their_
     assert "WANDB_RUN_ID, which is not set" in runs.error_of(from_arguments, line)
 
 
+def test_on_a_disk_that_is_full_it_prints_one_line_and_claims_nothing_about_the_logs(keys, out, log, tmp_path):
+    environment = {"WANDB_MODE": "offline", "HOME": str(tmp_path)}
+    command = keys(out, wandb_log=True, max_iters=10, eval_interval=100)
+    assert child.run(command, log, file_limit=8000, environment=environment) == 1
+    text = log.read_text()
+    assert "Traceback" not in text and "Logging error" not in text
+    started, failed = (line for line in text.splitlines() if line.startswith("W&B"))
+    assert "W&B: offline" in started and re.search("could not finish .*File too large|is incomplete", failed)
+    assert (
+        "lines of" in text
+        and "are lost" in text
+        and "complete" not in text.partition("W&B: offline")[2].replace(failed, "")
+    )
+
+
 DIES = lambda server: os.kill(server, signal.SIGKILL), "could not log .*; continuing without it"
 HANGS = lambda server: os.kill(server, signal.SIGSTOP), "could not finish .*wandb sync"
 DISK_FULL = lambda server: child.set_file_limit(server, 20_000), "is incomplete .file too large"
