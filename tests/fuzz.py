@@ -596,11 +596,7 @@ def write_all(c: Case) -> None:
 def train_line(c: Case) -> list[str]:
     write_all(c)
     c.writes = True
-    line = (
-        [*arguments(TINY | dict(max_iters=2)), *c.options(setting.keys())]
-        if c.often(0.8)
-        else c.options(setting.keys())
-    )
+    line = [*arguments(TINY), *c.options(setting.keys())]
     sources = ["scratch", "resume", "resume", "auto", "auto", "run", "run/ckpt.pt", "auto:run", c.argument()]
     line += [f"--init_from={c.rng.choice(sources)}"]
     line += [f"--out_dir={c.rng.choice([*['run', 'new'] * 5, 'a/b', OTHERS, c.argument()])}"]
@@ -677,7 +673,7 @@ KINDS = {
     "structure": Kind(structure, 6),
     "logs": Kind(logs, 8),
     "compare": Kind(compared, 1.5),
-    "train": Kind(program("train"), 1),
+    "train": Kind(program("train"), 2),
     "sample": Kind(program("sample"), 1),
     "report": Kind(program("compare"), 0.2),
     "process": Kind(process, 0.01, PROCESS_SECONDS),
