@@ -6,13 +6,14 @@ import dataclasses
 import difflib
 import functools
 import os
+import reprlib
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
 MAX_MAGNITUDE = {int: 2**63, float: 1e38}  # upper limits of settings, which int64 and float32 hold
-MAX_SHOWN = 200  # characters of a value in a message
+MAX_SHOWN = 200  # characters of a string in a message
 # what a change of a setting affects
 Role = Literal[
     "model",  # shapes of the weights; it cannot change on resume
@@ -144,12 +145,13 @@ class Option:
 
 
 def shown(value: Any) -> str:
-    """The value as Python writes it, cut to MAX_SHOWN characters."""
+    """A value of any size and kind as Python writes it, shortened to some hundred characters."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = MAX_SHOWN
     try:
-        text = repr(value)
+        return short.repr(value)
     except Exception:  # of an integer with too many digits, or of a class that the user wrote
         return f"{type(value).__name__} that cannot be written"
-    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
 
 
 @functools.cache

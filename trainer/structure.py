@@ -6,13 +6,14 @@ torch.load returns plain containers, numbers, texts and tensors, but any of them
 from __future__ import annotations
 
 import math
-import reprlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from chronomoe.options import shown
 
 MOST_VALUES = 1 << 20  # in containers of a file; a text counts as one value per CHARACTERS
 CHARACTERS = 64
@@ -179,4 +180,4 @@ def check_extent(value: Any) -> None:
 
 def brief(value: Any) -> str:
     """A short description of any value."""
-    return reprlib.repr(value) if _is_setting(value) else f"a {type(value).__name__}"
+    return shown(value) if _is_setting(value) else f"a {type(value).__name__}"
