@@ -808,8 +808,12 @@ def work(connection: Connection, options: Options, material: Material, folder: P
     resource.setrlimit(resource.RLIMIT_FSIZE, (MEMORY, resource.RLIM_INFINITY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     here = folder / "case"
-    with contextlib.suppress(EOFError, BrokenPipeError):  # the parent has ended
+    parent = os.getppid()
+    with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
+            while not connection.poll(1):
+                if os.getppid() != parent:  # it was killed
+                    return
             number = connection.recv()
             os.chdir(folder)
             shutil.rmtree(here, ignore_errors=True)
@@ -1020,7 +1024,7 @@ def main(arguments: list[str]) -> int:
         except EOFError:
             process.join()
             result = Result("", None, f"the process ended with {process.exitcode}")
-        ours.close()
+        process.kill()
         print(f"{result.output}\nkind {result.kind}, exit status {result.status}, {result.seconds:.2f} s")
         print(f"FAILED: {result.failure}" if result.failure else "passed")
         return int(bool(result.failure))
