@@ -185,7 +185,10 @@ class Mutations:
             lambda: torch.cat([x, x]) if x.dim() else x,
             lambda: x.mT.contiguous() if x.dim() > 1 else x,
         ]
-        return self.rng.choice(makers)()
+        try:
+            return self.rng.choice(makers)()
+        except RuntimeError:  # not every layout and dtype has every operation
+            return x
 
     def damaged(self, content: bytes) -> bytes:
         """The bytes with one to four random changes."""
