@@ -572,7 +572,7 @@ def compared(c: Case) -> Callable[[], object]:
         out, _ = report.folder_for(Path("study"), arms)
         found = report.compare(arms, differing, left_out, lost_seeds(unusable, arms), "", out)
         json.dumps(report.as_json(found), allow_nan=False)
-        report.as_markdown(found, []).encode()
+        report.as_markdown(found, []).encode(errors="backslashreplace")
         if draws:
             report.draw(found)
 
