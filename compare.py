@@ -84,7 +84,7 @@ def main(arguments: list[str]) -> int:
         both = "give a config file to train, or folders of runs to compare, not both"
         refuse_others(given, ["--out_dir", "--wandb_log"], both)
         for folder in folders:
-            if not folder.exists():
+            if not os.path.exists(folder):  # Path.exists raises an error for a name that is too long
                 raise UserError(f"{folder} does not exist")
         sources, load = expand(folders), load_run
         out = folders[0] if len(folders) == 1 else named_after(folders)
@@ -96,7 +96,7 @@ def main(arguments: list[str]) -> int:
         settings = setting.from_arguments([*passed_on, "--arm="])
         arms, jobs = own.arms.split(","), own.jobs or os.cpu_count() or 1
         out, wandb_log = Path(own.out_dir or settings.out_dir), settings.wandb_log
-        if (out / "config.json").exists():
+        if os.path.exists(out / "config.json"):
             raise UserError(f"{out} holds a run: give the study another --out_dir")
         study, failed, signal_status = train_study(passed_on, out, arms, own.seeds, jobs)
         if signal_status:

@@ -14,6 +14,7 @@ from trainer.errors import UserError, run_script  # first, so that Ctrl-C during
 # isort: split
 
 import io
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,7 +178,7 @@ def find_codec(dataset: Any, vocab_size: int) -> Codec:
     hint = "give --dataset=NAME or a path to choose a tokenizer"
     if not isinstance(dataset, str):
         raise UserError(f"the checkpoint does not name its dataset: {hint}")
-    folder = next((path for path in (DATA / dataset, Path(dataset)) if path.is_dir()), None)
+    folder = next((path for path in (DATA / dataset, Path(dataset)) if os.path.isdir(path)), None)
     if folder is None:
         raise UserError(f"there is no dataset {dataset!r}, in {DATA} or as a path: {hint}")
     meta = read_meta(folder)

@@ -140,6 +140,7 @@ def test_a_checkpoint_of_nanomoe_is_sampled_with_a_vocabulary_of_characters(kind
     of_compiled_model = {f"_orig_mod.{name}": value for name, value in checkpoint(out)["model"].items()}
     compiled = copied(out, tmp_path / "compiled", of_compiled_model)
     assert "there is no dataset 'x'" in error_of(sample.main, [])
+    assert "there is no dataset 'xxx" in error_of(sample.main, ["--dataset=" + "x" * 300])
     letters = LETTERS if kind == "meta.json" else LETTERS[::-1]
     data = dataset(tmp_path / "x", len(letters), tokenizer="characters", characters=letters)
     if kind == "meta.pkl":

@@ -13,6 +13,7 @@ import io
 import os
 import pickle
 import time
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -150,7 +151,7 @@ def _reading(path: Path) -> Iterator[BinaryIO]:
 def _unpickled(f: BinaryIO, path: Path) -> Any:
     """torch.load of a file whose content is verified as far as it can be. Raises Damaged, UserError or MemoryError."""
     try:
-        return torch.load(f, map_location="cpu", weights_only=True)
+        return _torch_load(f)
     except pickle.UnpicklingError as e:
         if "GLOBAL" in str(e) or "global" in str(e):
             raise UserError(
@@ -163,6 +164,12 @@ def _unpickled(f: BinaryIO, path: Path) -> Any:
         raise Damaged("it is incomplete or not a checkpoint") from None
 
 
+def _torch_load(f: BinaryIO | Path, **options: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's own code, for kinds of tensors that no checkpoint has
+        return torch.load(f, map_location="cpu", weights_only=True, **options)
+
+
 def without_tensors(path: Path) -> dict[str, Any]:
     """Load a checkpoint for its numbers and names. Tensors are mapped, not read, and the digest is not verified.
 
@@ -171,7 +178,7 @@ def without_tensors(path: Path) -> dict[str, Any]:
     with _reading(path) as f:
         _check_archive(f)
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        saved = _torch_load(path, mmap=True)
         structure.check_extent(saved)
         structure.check(saved, structure.CHECKPOINT)
     except OSError:

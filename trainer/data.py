@@ -237,7 +237,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
-class _PlainUnpickler(pickle.Unpickler):
+# pickle.Unpickler, in C, prints a SystemError if the file ends within a bytearray
+class _PlainUnpickler(pickle._Unpickler):
     """Unpickles dicts, lists, strings and numbers. A pickle that names a class or function is refused."""
 
     def find_class(self, module: str, name: str) -> Any:

@@ -51,7 +51,10 @@ class UserError(Exception):
 
 def first_line(e: BaseException) -> str:
     """The first line of an exception's message."""
-    return (str(e).splitlines() or [""])[0]
+    try:
+        return (str(e).splitlines() or [""])[0]
+    except Exception:  # of a class that a config file defines
+        return "its message cannot be written"
 
 
 def _report(message: str) -> None:

@@ -224,7 +224,7 @@ MISTAKES = [
     (TEXT, "a.txt --sources=b", "no setting 'sources'"),
     (TEXT, "a.txt --tokenizer=words", "must be one of 'bytes', 'gpt2'"),
     (TEXT, "a.txt --jobs=0", "--jobs=0 must be"),
-    (TEXT, "a.txt --out=", "--out= needs a path"),
+    (TEXT, "a.txt --out=", "--out='' must not be empty"),
     (TEXT, "a.txt --out=a.txt/out", "a.txt"),
     (TEXT, "a.txt --out=a.txt", "a.txt"),
     (TEXT, "empty.txt", "no text in empty.txt"),

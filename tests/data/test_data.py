@@ -143,16 +143,17 @@ class Bomb:
         *(("meta.pkl", pickle.dumps({"vocab_size": bad})) for bad in (shared_lists(60), 10**5000)),
         *(("meta.pkl", pickle.dumps({"vocab_size": 65, key: shared_lists(60)})) for key in ("dtype", "itos")),
         ("meta.pkl", b"\x80\x04\x95" + b"\xff" * 8 + b"}."),  # a frame larger than memory
+        ("meta.pkl", b"\x80\x05\x96" + (1 << 62).to_bytes(8, "little") + b"}."),  # a bytearray larger than memory
         *(("meta.pkl", pickle.dumps(Bomb(), protocol)) for protocol in range(6)),
         *(("meta.pkl", pickle.dumps({"vocab_size": 65, "itos": [Bomb()]}, protocol)) for protocol in range(6)),
     ],
 )
-def test_a_damaged_or_harmful_meta_file_is_refused_and_runs_nothing(name, content, tmp_path, monkeypatch):
+def test_a_damaged_or_harmful_meta_file_is_refused_and_runs_nothing(name, content, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     write_tokens(tmp_path, [1] * 40)
     (tmp_path / name).write_bytes(content)
     assert str(tmp_path / name) in error_of(TokenData, tmp_path, BLOCK)
-    assert not (tmp_path / "harm").exists()
+    assert not (tmp_path / "harm").exists() and capfd.readouterr().err == ""
     if b"harm" in content:
         pickle.loads(content)
         assert (tmp_path / "harm").exists()

@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import re
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -332,6 +333,16 @@ def test_a_checkpoint_with_a_wrong_value_gets_one_line_with_its_name_and_nothing
     assert runs.snapshot(half) == before and not (tmp_path / "new").exists()
     with pytest.raises(checkpoint.Damaged, match=re.escape(expected)):
         checkpoint.without_tensors(half / "ckpt.pt")
+
+
+def test_loading_a_checkpoint_with_a_tensor_of_another_kind_gives_no_warning(half, resume):
+    quantized = torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)
+    torch.save(runs.checkpoint(half) | {"best_val_loss": quantized}, half / "ckpt.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch.load would raise
+        assert "its best_val_loss must be a number" in runs.error_of(resume, half)
+        with pytest.raises(checkpoint.Damaged, match="its best_val_loss must be a number"):
+            checkpoint.without_tensors(half / "ckpt.pt")
 
 
 def test_a_message_about_a_long_value_of_a_checkpoint_is_short(half, resume):
