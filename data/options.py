@@ -8,7 +8,6 @@ from pathlib import Path
 
 from data.tokenizer import TOKENIZERS
 from trainer import cli
-from trainer.errors import UserError
 
 
 @dataclass
@@ -44,9 +43,6 @@ def read_options(arguments: list[str], usage: str, out: Path, names: tuple[str, 
         raise SystemExit(0)
     line = cli.parse(arguments, known, positional="sources" in names)
     given = line.options
-    for name in ("out", "input"):
-        if given.get(name) == "":
-            raise UserError(f"--{name}= needs a path")
     return Options(
         out=Path(given.get("out") or out),
         sources=[Path(argument) for argument in line.arguments],
