@@ -131,10 +131,10 @@ def explore(s: SampleSettings) -> None:
             raise UserError("give --dataset=NAME, or a --prompt: the model does not name its dataset")
         data, count = open_dataset(dataset, length), explorer.num_windows(model, length)
         windows = list(data.batch("val", s.seed, 0, 0, count)[0].to(device))
-    for note in notes:
-        print(note, file=sys.stderr)
     found, path = explorer.explore(model, codec, windows, autocast), Path(s.explore)
     explorer.write(path, found, "; ".join(notes))
+    for note in notes:
+        print(note, file=sys.stderr)
     print(f"the routing of {sum(map(len, windows)):,} tokens is in {path}")
 
 

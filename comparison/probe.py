@@ -47,17 +47,17 @@ def load_model(run: Run) -> tuple[GPT, TokenData]:
         raise UserError(f"{path} is damaged: {e}") from None
     if saved["iter_num"] != run.steps:
         raise UserError(f"{path} is of step {saved['iter_num']}, the run ended at {run.steps}")
-    config = saved["config"]
+    config = saved.get("config", {})
     compared = [key for key in ("seed", "arm", *differing(config, run.config)) if key in config]
     other = [key for key in compared if config[key] != run.config.get(key)]
     if other:
         raise UserError(f"{path} is of another run: its {other[0]} is {config[other[0]]!r}")
     model = build_model(saved, str(path))
-    data = open_dataset(config["dataset"], config["block_size"])
+    data = open_dataset(run.config["dataset"], model.config.block_size)
     data.vocab_size = model.config.vocab_size
     found = {name: file["sha256"] for name, file in data.fingerprint(saved.get("data")).items()}
     if found != run.config.get("data_sha256"):
-        raise UserError(f"the files of {config['dataset']} are not those that {run.name} was trained on")
+        raise UserError(f"the files of {run.config['dataset']} are not those that {run.name} was trained on")
     return model.eval(), data
 
 

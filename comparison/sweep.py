@@ -180,7 +180,7 @@ def config_of(out_dir: Path) -> dict[str, Any] | None:
         return config
     saved = checkpoint.newest(out_dir)[0]
     files = saved.get("data") or {}
-    return saved["config"] | {
+    return saved.get("config", {}) | {
         "weights_sha256": saved.get("weights_sha256"),
         "data_sha256": {name: file["sha256"] for name, file in files.items()},
         "vocab_size": saved["model_args"].get("vocab_size"),

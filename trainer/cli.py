@@ -10,6 +10,7 @@ import ast
 import difflib
 import shutil
 import textwrap
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -158,7 +159,10 @@ def read_config_file(path: str, known: Mapping[str, Option], hints: Mapping[str,
         raise UserError(f"{e}{_nearest_config(path)}") from None
     namespace: dict[str, Any] = {"__file__": path, "__name__": "__config__"}
     try:
-        exec(compile(source, path, "exec"), namespace)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the compiler, in addition to its error
+            code = compile(source, path, "exec")
+        exec(code, namespace)
     except SyntaxError as e:
         raise UserError(f"{e.filename or path}, line {e.lineno or '?'}: {e.msg}") from None
     except KeyboardInterrupt:

@@ -19,7 +19,7 @@ import compare
 import train
 from comparison.probe import probe, probe_model
 from comparison.runs import load_run
-from comparison.sweep import Job, plan, train_all
+from comparison.sweep import Job, config_of, plan, train_all
 from tests.comparison.studies import change_config
 from tests.helpers.child import wait_for
 from tests.helpers.models import build, chrono, tokens
@@ -187,6 +187,9 @@ def test_changed_log_or_checkpoint_of_a_finished_run_is_detected(study, tmp_path
     assert len(probe(run, batches=1)) == 3
     other = dataclasses.replace(run, config=run.config | {"data_sha256": {"train.bin": "a"}})
     assert "are not those that" in error_of(probe, other, 1)
+    saved = torch.load(folder / "ckpt.pt", weights_only=True)
+    del saved["config"]  # a checkpoint need not have one
+    torch.save(saved, folder / "without.pt")
     damaged = bytearray((folder / "ckpt.pt").read_bytes())
     damaged[len(damaged) // 2] ^= 1
     for content, message in {
@@ -196,6 +199,10 @@ def test_changed_log_or_checkpoint_of_a_finished_run_is_detected(study, tmp_path
     }.items():
         (folder / "ckpt.pt").write_bytes(content)
         assert message in error_of(probe, run, 1)
+    (folder / "without.pt").replace(folder / "ckpt.pt")
+    assert len(probe(run, batches=1)) == 3
+    (folder / "config.json").unlink()
+    assert "seed" not in config_of(folder)
     (folder / "ckpt.pt").unlink()
     assert "there is no" in error_of(probe, run, 1)
 

@@ -102,6 +102,7 @@ FILE_MISTAKES = [
     ("max_iters = float('nan')\n", "max_iters=nan", "a whole number"),
     ("n_exp = 4  # \udcff\n", "not UTF-8"),
     ("n_exp = 4\0\n", "null bytes"),
+    ("n_exp = 4\nn_layer = 1inutes\n", "line 2", "invalid"),
     ("n_exp = 4\nraise GeneratorExit\n", "line 2", "GeneratorExit"),
     ("raise type('E', (Exception,), {'__str__': lambda e: 1})()\n", "line 1", "E: its message cannot be written"),
     ("raise SystemExit('enough')\n", "line 1", "SystemExit: enough"),
@@ -124,13 +125,14 @@ def test_a_mistake_on_the_command_line_is_one_line(mistake, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("mistake", FILE_MISTAKES, ids=lambda m: m[1])
-def test_a_mistake_in_a_config_file_is_one_line_that_names_the_file(mistake, tmp_path, monkeypatch):
+def test_a_mistake_in_a_config_file_is_one_line_that_names_the_file(mistake, tmp_path, monkeypatch, recwarn):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "imported_with_a_mistake.py").write_text("n_exp = 4\nn_layer = = 3\n")
     content, *expected = mistake
     path = tmp_path / ("imported_with_a_mistake.py" if "import *" in content else "own.py")
     (tmp_path / "own.py").write_bytes(content.encode(errors="surrogateescape"))
     message = error_of(train.main, [str(tmp_path / "own.py")])
+    assert not [w for w in recwarn if w.category is SyntaxWarning]
     assert all(part in message for part in (str(path), *expected)), message
     assert len(message) < 1000
 
