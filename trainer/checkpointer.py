@@ -22,6 +22,8 @@ from trainer.resume import upgraded
 from trainer.runlog import NoLog, RunLog
 from trainer.streams import DROPOUT_AND_NOISE, stream_seed
 
+OF_SETTINGS = ("betas", "weight_decay")  # values of the optimizer's groups that a resume takes from the settings
+
 
 class Stateful(Protocol):
     """What has a state: a model, an optimizer, the loop."""
@@ -84,12 +86,15 @@ class Checkpointer:
 
     def restore(self, saved: dict[str, Any]) -> list[str]:
         """Load a checkpoint into the states. Returns notes for the user. Raises UserError if it does not fit."""
+        settings = [{name: group[name] for name in OF_SETTINGS} for group in self.optimizer.param_groups]
         try:
             saved = upgraded(saved, self.model)
             for name, target in self.states.items():
                 missing = name not in saved  # in a checkpoint of nanoMoE
                 if not missing and (saved[name] or name != "scaler"):  # a disabled scaler has an empty state
                     target.load_state_dict(saved[name])
+            for group, values in zip(self.optimizer.param_groups, settings):
+                group.update(values)
             self._check_optimizer()
             self.progress.load_state_dict(saved)
             notes = self._restore_random_state(saved)

@@ -103,6 +103,13 @@ def test_changed_settings_are_printed_and_recorded_in_the_history(start, capsys,
     assert {"time", "host", "threads", "torch", "git_commit"} <= history[0].keys()
 
 
+def test_changed_settings_of_the_optimizer_take_effect(half, resume):
+    assert resume(half, max_iters=4, weight_decay=0.75, beta2=0.5) == 0
+    decays, others = runs.checkpoint(half)["optimizer"]["param_groups"]
+    assert (decays["weight_decay"], others["weight_decay"]) == (0.75, 0.0)
+    assert decays["betas"] == others["betas"] == (0.9, 0.5)
+
+
 def test_a_resumed_run_belongs_to_the_arm_that_its_settings_define(start, out):
     load = runs.ALL_ON | dict(chrono_signal="load")  # with other settings than those of the arm
     cases = [(load, "custom"), (dict(chrono_signal="shuffled"), "shuffled"), (dict(chrono_signal="coherence"), "on")]
