@@ -116,6 +116,7 @@ def test_profile_against_a_folder_without_a_checkout_is_refused():
         bench.main(["profile", "--against=data", "--device=cpu"])
 
 
+@pytest.mark.slow
 def test_running_out_of_memory_and_a_step_that_fails_without_a_message_are_one_line(monkeypatch, tmp_path):
     monkeypatch.setitem(bench.PARTS, "data", lambda *_: torch.empty(10**15))
     assert error_of(bench.main, ["data"]).startswith("out of memory")

@@ -39,6 +39,7 @@ EXTREMES = [(key.name, LARGEST[key.kind]) for key in keys().values() if key.kind
 EXTREMES += [(key.name, 5e-324) for key in keys().values() if key.kind is float]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "value"), EXTREMES)
 def test_the_largest_and_smallest_number_of_a_setting_trains_or_is_one_line(name, value, dataset, out):
     switches = dict(use_aux_loss=True, use_router_z_loss=True, use_switch_tfm_init=True, train_capacity=1.0)
