@@ -156,11 +156,6 @@ class MOELayer(nn.Module):
         rows = to_experts(tokens, plan, matmul_dtype(tokens))
         rows, outputs = self.experts(rows, plan, weights)
         kept = None if capacity is None else routing.tokens_per_expert.clamp_max(capacity)
-        # logits only serve statistics from here on; a compiled layer would compute a gradient of zeros for each
-        noise_free = None if routing.noise_free is None else routing.noise_free.detach()
-        routing = routing._replace(
-            z_clean=routing.z_clean.detach(), z_biased=routing.z_biased.detach(), noise_free=noise_free
-        )
         return from_experts(rows, gates, plan).view_as(x), LayerTrace(routing, kept, outputs)
 
     _fused_mix = fused(_mix)
