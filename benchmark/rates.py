@@ -35,7 +35,6 @@ def matmul_rates(device: torch.device, effort: Effort) -> dict[str, float]:
 def make_dense(model: GPT) -> None:
     """Replace each MoE layer by an MLP with as many multiplications: it is K times as wide."""
     config = model.config
-    config.use_aux_loss = config.use_router_z_loss = False
     for block in model.transformer.h:
         if isinstance(block.mlp, MOELayer):
             shape = GPTConfig(n_embd=config.n_embd, n_head=config.n_head, bias=config.bias)

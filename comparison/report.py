@@ -181,7 +181,7 @@ def folder_for(out: Path, arms: Arms) -> tuple[Path, str | None]:
     folder, number, note = out, 1, None
     while True:
         try:
-            before = _earlier_report(folder)
+            before = parse_json(read_text(folder / "comparison.json"))
             curves = {
                 (arm, int(seed)): curve for arm, of in before["validation_loss"].items() for seed, curve in of.items()
             }
@@ -198,14 +198,6 @@ def folder_for(out: Path, arms: Arms) -> tuple[Path, str | None]:
         note = f"{out} has the report of other runs, so this one is in {folder}"
 
 
-def _earlier_report(folder: Path) -> Any:
-    """The content of comparison.json. Raises OSError, or ValueError if it is damaged."""
-    path = folder / "comparison.json"
-    if path.exists() and not path.is_file():  # opening a named pipe waits
-        raise ValueError("it is not a file")
-    return parse_json(read_text(path))
-
-
 def _is_same(run: Run | None, curve: dict[str, float]) -> bool:
     """Whether an earlier report has this run: their validation losses agree at the last step that both have."""
     losses = {} if run is None else dict(zip(*run.series("val/loss")))
@@ -217,7 +209,7 @@ def earlier_studies(out: Path) -> tuple[list[dict[str, Any]], str | None]:
     """(studies of the earlier reports in `out`, oldest first; why they are not known, or None)."""
     path = out / "comparison.json"
     try:
-        before = _earlier_report(out)
+        before = parse_json(read_text(path))
         studies = [
             {"date": str(k["date"]), "study": str(k["study"]), "seeds": [*k["seeds"]], "steps": int(k["steps"])}
             for k in before["looks"]

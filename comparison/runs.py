@@ -22,7 +22,7 @@ from trainer import checkpoint
 from trainer.arms import ARMS, CUSTOM, arm_of, contradiction
 from trainer.environment import ENVIRONMENT, UNKNOWN
 from trainer.errors import UserError
-from trainer.files import parse_json, read_text
+from trainer.files import open_regular, parse_json, read_text
 from trainer.settings import COMPARED, keys
 
 KEYS = keys()
@@ -113,22 +113,21 @@ class Unusable(UserError):
 
 def load_run(folder: Path) -> Run:
     """Load the run in a folder. Raises Unusable if there is none or if it cannot be compared; see `checked`."""
-    for name in (*RUN_FILES, "decisions.jsonl"):
-        if (folder / name).exists() and not (folder / name).is_file():  # opening a named pipe waits
-            raise Unusable(f"{folder}: cannot be read ({name} is not a file)")
     saved = _last_checkpoint(folder)
-    saved_config = saved.get("config") if isinstance(saved.get("config"), dict) else None
+    saved_config = saved.get("config")
     try:
         config = parse_json(read_text(folder / "config.json"))
-        text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+        text = _text_of(folder / "metrics.jsonl")
         if not isinstance(config, dict):
             raise ValueError("config.json is not that of a run")
     except FileNotFoundError as e:
         is_run = any((folder / name).exists() for name in RUN_FILES)
         raise Unusable(f"{folder}: no {Path(e.filename).name}, so this is no run", saved_config, is_run) from None
-    except (OSError, ValueError) as e:
+    except OSError as e:
+        raise Unusable(f"{e.filename or folder}: cannot be read ({e.strerror})", saved_config) from None
+    except ValueError as e:
         raise Unusable(f"{folder}: cannot be read ({e})", saved_config) from None
-    if "vocab_size" not in config and isinstance(saved.get("model_args"), dict):
+    if "vocab_size" not in config and saved:
         config["vocab_size"] = saved["model_args"].get("vocab_size")  # older versions did not write it
     lines = []
     for number, line in enumerate(text.splitlines(), 1):
@@ -146,16 +145,24 @@ def load_run(folder: Path) -> Run:
 
 
 def _last_checkpoint(folder: Path) -> dict[str, Any]:
-    """The last checkpoint without its tensors; empty if it does not exist or cannot be read."""
+    """The last checkpoint without its tensors; empty if it does not exist or is damaged."""
     try:
         return checkpoint.without_tensors(folder / checkpoint.NAME)
-    except (OSError, checkpoint.Damaged):
+    except (FileNotFoundError, checkpoint.Damaged):
         return {}
+    except OSError as e:
+        raise Unusable(f"{e.filename or folder}: cannot be read ({e.strerror})") from None
+
+
+def _text_of(path: Path) -> str:
+    """The UTF-8 text of a log of any length. Raises OSError or ValueError."""
+    with open_regular(path) as f:
+        return f.read().decode()
 
 
 def _decisions(path: Path) -> list[dict[str, Any]]:
     try:
-        found = [parse_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        found = [parse_json(line) for line in _text_of(path).splitlines()]
         types = {"expert_id": str, "reason": str, "action": str, "step": int}
         if not all(isinstance(decision[key], kind) for decision in found for key, kind in types.items()):
             raise ValueError("a line is not a prune proposal")
@@ -164,18 +171,19 @@ def _decisions(path: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path}: cannot be read ({e})") from None
+        reason = e.strerror if isinstance(e, OSError) else e
+        raise UserError(f"{path}: cannot be read ({reason})") from None
     return found
 
 
 def _check_digests(run: Run, saved: Mapping[str, Any]) -> None:
     """Raises UserError if the run's logs do not match the digests in its last checkpoint `saved`."""
     counts, digests = saved.get("lines"), saved.get("lines_sha256")
-    if not (isinstance(counts, dict) and isinstance(digests, dict)):
+    if counts is None or digests is None:
         return
     for name in ("metrics", "decisions"):
         count, digest, path = counts.get(name), digests.get(name), run.folder / f"{name}.jsonl"
-        if not (isinstance(count, int) and isinstance(digest, str)):
+        if count is None or digest is None:
             continue
         content = path.read_bytes() if path.exists() else b""
         if hashlib.sha256(b"".join(content.splitlines(keepends=True)[:count])).hexdigest() != digest:

@@ -25,7 +25,7 @@ from trainer.arms import ARMS
 from trainer.data import open_dataset
 from trainer.device import resolve_dtype, select_device
 from trainer.errors import UserError
-from trainer.files import parse_json, read_text
+from trainer.files import open_regular, parse_json, read_text
 from trainer.interrupt import PARENT, Interrupt
 from trainer.lock import LOCK
 from trainer.runlog import wandb_group
@@ -52,10 +52,7 @@ class Job:
     def done(self) -> int:
         """The last step that the run has logged."""
         try:
-            metrics = self.out_dir / "metrics.jsonl"
-            if not metrics.is_file():  # opening a named pipe waits
-                return 0
-            with metrics.open("rb") as f:
+            with open_regular(self.out_dir / "metrics.jsonl") as f:
                 steps = [parse_json(line)["step"] for line in f if line.endswith(b"\n")]
                 return max((step for step in steps if isinstance(step, int)), default=0)
         except (OSError, ValueError, KeyError, TypeError):
@@ -165,9 +162,8 @@ def load(job: Job) -> Run:
 
 
 def _config_json(out_dir: Path) -> dict[str, Any] | None:
-    path = out_dir / "config.json"
     try:
-        config = parse_json(read_text(path)) if path.is_file() else None
+        config = parse_json(read_text(out_dir / "config.json"))
     except (OSError, ValueError):
         return None
     return config if isinstance(config, dict) else None

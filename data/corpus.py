@@ -145,7 +145,7 @@ def _write_meta(out: Path, meta: dict[str, Any]) -> None:
 
 def _is_complete(out: Path, about: dict[str, Any]) -> bool:
     try:
-        meta = parse_json(read_text(out / "meta.json", regular=True))
+        meta = parse_json(read_text(out / "meta.json"))
         sizes = {split: (out / f"{split}.bin").stat().st_size for split in SPLITS}
         return about.items() <= meta.items() and all(sizes[split] == 2 * meta["tokens"][split] for split in SPLITS)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

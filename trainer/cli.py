@@ -185,7 +185,7 @@ def read_config_file(path: str, known: Mapping[str, Option], hints: Mapping[str,
 def read_text_file(path: str, kind: str) -> str:
     """The text of a file that the user named, `kind` in the message. Raises UserError if it cannot be read."""
     try:
-        return read_text(Path(path))
+        return read_text(Path(path), may_be_pipe=True)
     except (OSError, ValueError) as e:
         reason = e.strerror if isinstance(e, OSError) else "not UTF-8 text" if isinstance(e, UnicodeError) else e
         raise UserError(f"cannot read the {kind} {path}: {reason}") from None

@@ -194,7 +194,7 @@ def open_dataset(name: str, block_size: int) -> TokenData:
 def is_prepared(folder: Path) -> bool:
     """Whether there is a meta.json that does not mark the dataset as incomplete."""
     try:
-        return INCOMPLETE not in parse_json(read_text(folder / "meta.json", regular=True))
+        return INCOMPLETE not in parse_json(read_text(folder / "meta.json"))
     except FileNotFoundError:
         return False
     except (OSError, ValueError, TypeError):  # read_meta reports what is wrong
@@ -216,7 +216,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     path = folder / "meta.json"
     try:
         if path.exists():
-            meta = parse_json(read_text(path, regular=True))
+            meta = parse_json(read_text(path))
         elif (path := folder / "meta.pkl").exists():
             with open_regular(path) as f:
                 meta = _PlainUnpickler(f).load()

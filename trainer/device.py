@@ -10,7 +10,7 @@ import torch
 
 from chronomoe.fuse import fusion
 from trainer.distributed import World
-from trainer.errors import UserError
+from trainer.errors import UserError, first_line
 
 Autocast = Callable[[], AbstractContextManager[object]]
 
@@ -70,7 +70,7 @@ def kernel_fusion(
     try:
         torch.compile(torch.neg)(torch.zeros(1, device=device))
     except Exception as e:  # of Dynamo, Inductor, Triton, a missing C compiler
-        reason = f"{type(e).__name__}: {e}".splitlines()[0]
+        reason = f"{type(e).__name__}: {first_line(e)}"
     if compile and reason is not None:
         raise UserError(f"compile=True needs torch.compile, which failed: {reason}")
     (has_failed,) = (world or World()).all_reduce_max(int(reason is not None))

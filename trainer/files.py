@@ -129,12 +129,12 @@ def is_there(path: Path) -> bool:
     return True
 
 
-def read_text(path: Path, regular: bool = False) -> str:
+def read_text(path: Path, may_be_pipe: bool = False) -> str:
     """Read the UTF-8 text of a small file. Raises OSError, or ValueError if it is too long or not UTF-8.
 
-    regular: open only a regular file. A file that the user names may be a pipe.
+    may_be_pipe: the user names the file, and can name a pipe, as the shell's <(...).
     """
-    with open_regular(path) if regular else path.open("rb") as f:
+    with path.open("rb") if may_be_pipe else open_regular(path) as f:
         content = f.read(MAX_TEXT + 1)
     if len(content) > MAX_TEXT:
         raise ValueError(f"it is longer than {MAX_TEXT >> 20} MiB")

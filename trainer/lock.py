@@ -38,7 +38,7 @@ def folder_lock(out_dir: Path, wait: float = 0, option: str = "--out_dir") -> It
     except Timeout:
         who = ""
         with contextlib.suppress(OSError, ValueError):
-            who = f" ({read_text(holder, regular=True) or 'it has just started'})"
+            who = f" ({read_text(holder) or 'it has just started'})"
         raise UserError(f"another process is writing to {out_dir}{who}: wait for it, or use another {option}") from None
     except OSError as e:
         if e.errno in (errno.ENOLCK, errno.EOPNOTSUPP):
@@ -46,8 +46,6 @@ def folder_lock(out_dir: Path, wait: float = 0, option: str = "--out_dir") -> It
             yield
             return
         raise UserError(f"cannot write to {out_dir}: {e.strerror or e}") from None
-    except ValueError:
-        raise UserError(f"cannot write to {str(out_dir)!r}: a path cannot hold a null character") from None
     try:
         with contextlib.suppress(OSError):  # the lock does not need it
             holder.unlink(missing_ok=True)

@@ -358,7 +358,7 @@ def _merged_record(config_path: Path, saved: dict[str, Any]) -> tuple[list[Any],
 def _read_config(path: Path) -> dict[str, Any]:
     """The settings in a config.json; empty if it is absent or damaged. Raises UserError if it cannot be read."""
     try:
-        config = parse_json(read_text(path, regular=True))
+        config = parse_json(read_text(path))
     except OSError as e:
         if not _is_absent(e):
             raise UserError(f"cannot read {path}: {e.strerror}") from None

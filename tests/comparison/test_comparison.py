@@ -13,7 +13,7 @@ from comparison import report, wandb_runs
 from comparison.analysis import FIRST, SECOND, analyse, conclusion, last_quarter, steps_to_loss, verdict
 from comparison.probe import probe
 from comparison.report import short_verdict
-from comparison.runs import checked, group_into_arms, load_run, load_runs, lost_seeds, pairs
+from comparison.runs import RUN_FILES, checked, group_into_arms, load_run, load_runs, lost_seeds, pairs
 from tests.comparison.studies import START, arms_of, change_config, change_lines, make_run, make_study, write
 from tests.helpers.runs import error_of
 from trainer.arms import ARMS, CUSTOM, arm_of
@@ -174,10 +174,10 @@ DAMAGE = {  # the reason that is given: what is done to the folder of a run
         f, lambda x: [x[0][:-1] + f', "x": {10**400}}}', *x[1:]]
     ),
     "a metric is not a number, or": lambda f: change_lines(f, lambda x: [x[0][:-1] + ', "x": NaN}', *x[1:]]),
-    "config.json is not a file": lambda f: as_pipe(f / "config.json"),
-    "metrics.jsonl is not a file": lambda f: as_pipe(f / "metrics.jsonl"),
-    "ckpt.pt is not a file": lambda f: (f / "ckpt.pt").mkdir(),
-    "decisions.jsonl is not a file": lambda f: as_pipe(f / "decisions.jsonl"),
+    "config.json: cannot be read (it is not a regular": lambda f: as_pipe(f / "config.json"),
+    "metrics.jsonl: cannot be read (it is not a regular": lambda f: as_pipe(f / "metrics.jsonl"),
+    "ckpt.pt: cannot be read (it is not a regular": lambda f: (f / "ckpt.pt").mkdir(),
+    "decisions.jsonl: cannot be read (it is not a regular": lambda f: as_pipe(f / "decisions.jsonl"),
     "decisions.jsonl: cannot be read ('int'": lambda f: (f / "decisions.jsonl").write_text("5\n"),
     "decisions.jsonl: cannot be read (a name holds": lambda f: (f / "decisions.jsonl").write_text(
         '{"expert_id": "\\ud800", "reason": "", "action": "open", "step": 1}\n'
@@ -209,8 +209,7 @@ DAMAGE = {  # the reason that is given: what is done to the folder of a run
 ANY = {"off": {"unknown"}, "on": {"unknown"}}
 LOST = {  # what is lost with the run, if not seed 2 of 'off'
     **dict.fromkeys(("no metrics.jsonl", "cannot be read", "no config.json", "not that of a run"), ANY),
-    **dict.fromkeys((f"{name} is not a file" for name in ("config.json", "metrics.jsonl", "ckpt.pt")), ANY),
-    "decisions.jsonl is not a file": ANY,
+    **dict.fromkeys((f"{name}: cannot be read (it is not a regular" for name in RUN_FILES), ANY),
     "seed=[1] must be a whole number": {"off": {"unknown"}},
     "arm=['on'] must be one of": {"off": {"2"}, "on": {"2"}},
     "arm='best' must be one of": {"best": {"2"}},
