@@ -20,7 +20,6 @@ from trainer.errors import UserError, run_script  # first, so that Ctrl-C during
 # isort: split
 
 import os
-import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable
@@ -39,7 +38,7 @@ from trainer.settings import Settings
 try:
     from comparison import planning, report, sweep, wandb_runs
     from comparison.analysis import conclusion
-    from comparison.runs import Run, expand, group_into_arms, load_run, load_runs, lost_seeds
+    from comparison.runs import Run, expand, group_into_arms, load_run, load_runs, lost_seeds, named_after
     from comparison.statistics import MAX_PAIRS
     from comparison.tables import measures_by_arm
 except ModuleNotFoundError as e:
@@ -87,7 +86,7 @@ def main(arguments: list[str]) -> int:
             if not os.path.exists(folder):  # Path.exists raises an error for a name that is too long
                 raise UserError(f"{folder} does not exist")
         sources, load = expand(folders), load_run
-        out = folders[0] if len(folders) == 1 else named_after(folders)
+        out = folders[0] if len(folders) == 1 else named_after(folders, "compare")
     elif not configs:
         what = shlex.join(["python", "compare.py", "config/study.py", *arguments])
         raise UserError(f"{given[0]}: give a config file to train, as in {what}, or folders of runs to compare")
@@ -110,13 +109,6 @@ def main(arguments: list[str]) -> int:
     for job in failed:
         print(f"failed: {job.out_dir}: {job.error}")
     return 1 if failed else 0
-
-
-def named_after(folders: list[Path]) -> Path:
-    """The folder of the report on these runs: out/compare_ and their names."""
-    names = [re.sub(r"[^\w.-]+", "_", folder.resolve().name, flags=re.ASCII)[:40] for folder in folders]
-    more = [f"{len(names) - 3}_more"] if len(names) > 3 else []
-    return Path("out") / "_".join(["compare", *names[:3], *more])
 
 
 def refuse_others(given: list[str], allowed: list[str], reason: str) -> None:

@@ -14,8 +14,6 @@ from trainer.errors import run_script  # first, so that Ctrl-C during the other 
 
 # isort: split
 
-import math
-
 import torch
 
 from trainer import cli, messages
@@ -23,7 +21,7 @@ from trainer import settings as setting
 from trainer.flops import flops_per_token, peak
 from trainer.guard import Skipped
 from trainer.progress import Line
-from trainer.settings import Settings
+from trainer.schedule import learning_rate
 from trainer.setup import Run, open_run
 from trainer.step import StepResult
 from trainer.timer import StepTimer
@@ -134,18 +132,6 @@ def report_validation_loss(run: Run) -> bool:
         what = f"at step {run.progress.step}" if is_own else f"of {source}"
         run.log.info(f"validation loss {what}: {loss:.4f} nats per token, over {run.settings.eval_iters} batches")
     return False
-
-
-def learning_rate(s: Settings, step: int) -> float:
-    """Linear warm-up, then a cosine from learning_rate to min_lr at lr_decay_iters. Steps count from 0."""
-    if not s.decay_lr:
-        return s.learning_rate
-    if step < s.warmup_iters:
-        return s.learning_rate * (step + 1) / (s.warmup_iters + 1)
-    if step >= s.lr_decay_iters:
-        return s.min_lr
-    done = (step - s.warmup_iters) / (s.lr_decay_iters - s.warmup_iters)
-    return s.min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (s.learning_rate - s.min_lr)
 
 
 def step_metrics(run: Run, result: StepResult, lr: float, ms: float) -> Line:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from chronomoe import ChronoRouter, Routing
-from comparison.runs import KEYS, Run, differing, value_of
+from comparison.runs import Run, check_is_last
 from model import GPT
 from trainer import checkpoint
 from trainer.data import EVAL_SEED, TokenData, open_dataset
@@ -45,13 +45,7 @@ def load_model(run: Run) -> tuple[GPT, TokenData]:
         raise UserError(f"there is no {path}") from None
     except checkpoint.Damaged as e:
         raise UserError(f"{path} is damaged: {e}") from None
-    if saved["iter_num"] != run.steps:
-        raise UserError(f"{path} is of step {saved['iter_num']}, the run ended at {run.steps}")
-    config = saved.get("config", {})
-    compared = [key for key in ("seed", "arm", *differing(config, run.config)) if key in KEYS]
-    other = [key for key in compared if value_of(config, key) != value_of(run.config, key)]
-    if other:
-        raise UserError(f"{path} is of another run: its {other[0]} is {value_of(config, other[0])!r}")
+    check_is_last(run, saved, path)
     model = build_model(saved, str(path))
     data = open_dataset(run.config["dataset"], model.config.block_size)
     data.vocab_size = model.config.vocab_size

@@ -190,6 +190,17 @@ def _check_digests(run: Run, saved: Mapping[str, Any]) -> None:
             raise UserError(f"{run.name}: {name}.jsonl is not what the run wrote (its SHA-256 differs)")
 
 
+def check_is_last(run: Run, saved: Mapping[str, Any], path: Path) -> None:
+    """Raises UserError unless the checkpoint `saved` in a file is that of the run's last step, with its settings."""
+    if saved["iter_num"] != run.steps:
+        raise UserError(f"{path} is of step {saved['iter_num']}, the run ended at {run.steps}")
+    config = saved.get("config", {})
+    compared = [key for key in ("seed", "arm", *differing(config, run.config)) if key in KEYS]
+    other = [key for key in compared if value_of(config, key) != value_of(run.config, key)]
+    if other:
+        raise UserError(f"{path} is of another run: its {other[0]} is {value_of(config, other[0])!r}")
+
+
 def checked(run: Run) -> Run:
     """The run, with its settings in their types and only the evaluations of its schedule.
 
@@ -328,6 +339,13 @@ def expand(folders: Iterable[Path]) -> list[Path]:
         inside = sorted({path.parent for name in RUN_FILES for path in folder.glob(f"*/{name}")})
         found += inside if inside and not (folder / "config.json").exists() else [folder]
     return found
+
+
+def named_after(folders: list[Path], what: str) -> Path:
+    """The folder of a report on these runs: out/ with `what` and their names."""
+    names = [re.sub(r"[^\w.-]+", "_", folder.resolve().name, flags=re.ASCII)[:40] for folder in folders]
+    more = [f"{len(names) - 3}_more"] if len(names) > 3 else []
+    return Path("out") / "_".join([what, *names[:3], *more])
 
 
 def value_of(config: Mapping[str, Any], key: str) -> Any:

@@ -12,6 +12,7 @@ import numpy as np
 
 DROPOUT_AND_NOISE = "dropout and router noise"  # by rank; by rank and step for a rank that joins on resume
 PERMUTATION = "permutation of signal 'shuffled'"
+DAMAGE = "damage assay"  # of audit.py, by layer
 
 
 def stream_seed(seed: int, name: str, *indices: int) -> int:

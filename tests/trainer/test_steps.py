@@ -13,6 +13,7 @@ from tests.helpers import runs
 from tests.helpers.models import adamw, build, chrono, state_of, tokens, trace_of, training_step
 from trainer.data import EVAL_SEED, TokenData
 from trainer.guard import NonFiniteGuard, Skipped
+from trainer.schedule import learning_rate
 from trainer.settings import from_arguments
 from trainer.step import TrainingStep
 from trainer.weights import build_model
@@ -44,11 +45,11 @@ def test_a_run_takes_exactly_max_iters_steps_and_saves_the_last(count, start, mo
 
 def test_the_learning_rate_warms_up_decays_as_a_cosine_and_reaches_the_optimizer(start, out):
     s = from_arguments("--learning_rate=1 --min_lr=0.2 --warmup_iters=3 --lr_decay_iters=11".split())
-    rates = [train.learning_rate(s, step) for step in range(13)]
+    rates = [learning_rate(s, step) for step in range(13)]
     assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
     assert rates[3:] == pytest.approx([*(0.6 + 0.4 * math.cos(math.pi * i / 8) for i in range(9)), 0.2])
     s.decay_lr = False
-    assert train.learning_rate(s, 0) == 1
+    assert learning_rate(s, 0) == 1
     start(out, max_iters=3, lr_decay_iters=7)
     assert [line["lr"] for line in runs.metrics(out)[1:]] == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2])
     assert runs.checkpoint(out)["optimizer"]["param_groups"][0]["lr"] == pytest.approx(1e-2)
@@ -207,7 +208,7 @@ def test_skipped_steps_change_no_state_and_ten_in_a_row_end_the_run(keys, resume
 
 
 def test_deterministic_algorithms_are_on_during_a_run_only_and_change_no_bit_on_a_cpu(keys, full_run, out, monkeypatch):
-    enabled, learning_rate = [], train.learning_rate
+    enabled = []
 
     def observed(s, step):
         enabled.append(torch.are_deterministic_algorithms_enabled())

@@ -1,0 +1,1 @@
+"""What audit.py runs: measure what experts are worth, and which criteria know it."""
