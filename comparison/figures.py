@@ -65,10 +65,10 @@ def png(figure: Figure) -> bytes:
     """The figure as a PNG with all of its panels."""
     width = WIDTH if figure.columns == 1 else (WIDTH - 70) // figure.columns
     panels = [panel.properties(width=width) for panel in figure.panels]
-    chart = panels[0]
+    whole = panels[0]
     if len(panels) > 1:
-        chart = alt.concat(*panels, columns=figure.columns).resolve_scale(color="independent")
-    return vl_convert.vegalite_to_png(chart.to_dict() | {"config": ON_WHITE}, scale=2)
+        whole = alt.concat(*panels, columns=figure.columns).resolve_scale(color="independent")
+    return vl_convert.vegalite_to_png(whole.to_dict() | {"config": ON_WHITE}, scale=2)
 
 
 def thinned(steps: list[int], values: list[list[float]], lines: int) -> tuple[list[int], list[list[float]]]:
@@ -79,11 +79,13 @@ def thinned(steps: list[int], values: list[list[float]], lines: int) -> tuple[li
     return steps[kept], [[None if v is None else float(f"{v:.5g}") for v in series[kept]] for series in values]
 
 
-def _chart(rows: list[dict[str, Any]]) -> alt.Chart:
+def chart(rows: list[dict[str, Any]]) -> alt.Chart:
+    """A chart of rows that the page holds."""
     return alt.Chart(alt.InlineData(values=rows))
 
 
-def _step(**options: Any) -> alt.X:
+def step_axis(**options: Any) -> alt.X:
+    """The axis of training steps."""
     return alt.X("step:Q", title="step", axis=alt.Axis(tickCount=5, grid=False), scale=alt.Scale(nice=False), **options)
 
 
@@ -141,7 +143,7 @@ def curves(
         y, params = f"{is_difference} ? datum.difference : datum.value", [alt.param(SHOWN_VALUE, value="difference")]
         sign = f"({is_difference} ? '+' : '')"
     base = (
-        _chart(rows)
+        chart(rows)
         .transform_filter(f"indexof({SHOWN_ARMS}, datum.arm) >= 0")
         .transform_filter(f"{SHOWN_SEED} == 'all' || datum.seed == {SHOWN_SEED}")
         .transform_flatten(["step", "value", "difference"])
@@ -150,8 +152,8 @@ def curves(
     )
     scale = alt.Scale(zero=False) if domain is None else alt.Scale(domain=domain)
     y_axis, colour = alt.Y("y:Q", title=None, scale=scale), _by_arm(shown)
-    thin = base.mark_line(strokeWidth=1, opacity=0.35).encode(_step(), y_axis, colour, alt.Detail("seed:N"))
-    mean = base.mark_line(strokeWidth=2.5).encode(_step(), alt.Y("mean(y):Q", title=None, scale=scale), colour)
+    thin = base.mark_line(strokeWidth=1, opacity=0.35).encode(step_axis(), y_axis, colour, alt.Detail("seed:N"))
+    mean = base.mark_line(strokeWidth=2.5).encode(step_axis(), alt.Y("mean(y):Q", title=None, scale=scale), colour)
     hover = alt.selection_point(on="pointerover", clear="pointerout", fields=["step"], empty=False)
     gaps = max(1, max(len(row["step"]) for row in rows) - 1)
     texts = {
@@ -162,7 +164,7 @@ def curves(
         .transform_calculate(**texts)
         .mark_rule(color="currentColor", strokeWidth=alt.expr(f"width / {gaps}"))  # a band per step, for the pointer
         .encode(
-            _step(),
+            step_axis(),
             opacity=alt.condition(hover, alt.value(0.15), alt.value(0)),
             tooltip=[alt.Tooltip("step:Q"), *(alt.Tooltip(f"text_{arm}:N", title=arm) for arm in shown)],
         )
@@ -194,16 +196,16 @@ def differences(rows: list[Row]) -> alt.LayerChart:
     numbers = [alt.Tooltip(f"{field}:Q", format="+.4f") for field in ("mean", "low", "high")]
     layers = []
     if any("margin" in bar for bar in bars):
-        band = _chart([bar for bar in bars if "margin" in bar]).mark_rect(color="currentColor", opacity=0.1)
+        band = chart([bar for bar in bars if "margin" in bar]).mark_rect(color="currentColor", opacity=0.1)
         layers.append(band.encode(x("minus"), alt.X2("margin"), y))
-    layers.append(_chart([{"zero": 0}]).mark_rule(color="currentColor", opacity=0.5).encode(x("zero")))
+    layers.append(chart([{"zero": 0}]).mark_rule(color="currentColor", opacity=0.5).encode(x("zero")))
     if any("low" in bar for bar in bars):
-        interval = _chart([bar for bar in bars if "low" in bar]).mark_rule(color=COLOURS["on"], strokeWidth=14)
+        interval = chart([bar for bar in bars if "low" in bar]).mark_rule(color=COLOURS["on"], strokeWidth=14)
         layers.append(interval.encode(x("low"), alt.X2("high"), y, opacity=alt.value(0.35), tooltip=numbers))
-    tick = _chart(bars).mark_tick(color="currentColor", thickness=3, size=26)
+    tick = chart(bars).mark_tick(color="currentColor", thickness=3, size=26)
     layers.append(tick.encode(x("mean"), y, tooltip=numbers[:1]))
     tooltip = [alt.Tooltip("seed:O"), alt.Tooltip("difference:Q", format="+.4f")]
-    points = _chart(dots).mark_circle(color=COLOURS["on"], size=55, opacity=0.9)
+    points = chart(dots).mark_circle(color=COLOURS["on"], size=55, opacity=0.9)
     layers.append(points.encode(x("difference"), y, tooltip=tooltip))
     return alt.layer(*layers).properties(height=alt.Step(52))
 
@@ -229,20 +231,24 @@ def experts(runs: dict[str, Run], metric: str, label: str, one_scale: bool) -> l
             last = float(f"{values[-1]:.4g}")
             rows.append({"layer": f"L{layer}", "expert": expert, "step": kept, label: thin, "last": last})
         y = alt.Y(f"{label}:Q", title=None, scale=domain)
-        scale = alt.Scale(domain=layers) if len(layers) <= 8 else alt.Scale(domain=layers, scheme="turbo")
-        base = _chart(rows).transform_flatten(["step", label])
+        base = chart(rows).transform_flatten(["step", label])
         lines = base.mark_line(strokeWidth=1.3).encode(
-            _step(), y, alt.Color("layer:N", scale=scale), alt.Detail("expert:N")
+            step_axis(), y, alt.Color("layer:N", scale=layer_scale(layers)), alt.Detail("expert:N")
         )
         tooltip = [
             alt.Tooltip("layer:N"),
             alt.Tooltip("expert:O"),
             alt.Tooltip("last:Q", title=f"{label} at the end"),
         ]
-        wide = base.mark_line(strokeWidth=9, opacity=0).encode(_step(), y, alt.Detail(["layer:N", "expert:N"]))
+        wide = base.mark_line(strokeWidth=9, opacity=0).encode(step_axis(), y, alt.Detail(["layer:N", "expert:N"]))
         title = f"{arm}: {label}"
         panels.append(alt.layer(lines, wide.encode(tooltip=tooltip)).properties(height=190, title=title))
     return panels
+
+
+def layer_scale(layers: list[str]) -> alt.Scale:
+    """A colour per layer."""
+    return alt.Scale(domain=layers) if len(layers) <= 8 else alt.Scale(domain=layers, scheme="turbo")
 
 
 def heatmap(runs: dict[str, Run], metric: str, label: str, is_signed: bool) -> alt.LayerChart | None:
@@ -257,29 +263,37 @@ def heatmap(runs: dict[str, Run], metric: str, label: str, is_signed: bool) -> a
     ]
     if not rows:
         return None
-    largest = max(abs(row["value"]) for row in rows)
-    unit = 10.0 ** math.floor(math.log10(largest)) if 0 < largest < 0.01 else 1.0
+    unit = unit_of([row["value"] for row in rows])
     digits = 2 if not is_signed else 3 if unit == 1 else 1
     for row in rows:
         row["cell"] = f"{round(row['value'] / unit, digits) + 0.0:.{digits}f}"  # 0.0: no -0.000
-    count, characters = len({row["expert"] for row in rows}), max(len(row["cell"]) for row in rows)
-    limit = largest or 1.0
+    limit = max(abs(row["value"]) for row in rows) or 1.0
     diverging = alt.Scale(scheme="redblue", reverse=True, domain=[-limit, limit])
-    scale = diverging if is_signed else alt.Scale(scheme="viridis")
+    title = label if unit == 1 else f"{label}, in units of {unit:g}"
+    tooltip = [alt.Tooltip("row:N", title="layer"), "expert:O", alt.Tooltip("value:Q", title=label, format=".4g")]
+    return cells(rows, diverging if is_signed else alt.Scale(scheme="viridis"), tooltip).properties(title=title)
+
+
+def unit_of(values: list[float]) -> float:
+    """The power of ten that cells show values in: 1, or less if all values are small."""
+    largest = max(map(abs, values))
+    return 10.0 ** math.floor(math.log10(largest)) if 0 < largest < 0.01 else 1.0
+
+
+def cells(rows: list[dict[str, Any]], scale: alt.Scale, tooltip: list[Any], column: str = "expert") -> alt.LayerChart:
+    """A heatmap with text. Each row has the fields row, `column`, value, which is coloured, and cell, its text."""
+    count, characters = len({row[column] for row in rows}), max(len(row["cell"]) for row in rows)
     colour = alt.Color("value:Q", scale=scale, legend=None)
-    base = _chart(rows).encode(
-        alt.X("expert:O", title="expert", axis=alt.Axis(labelAngle=0, labelOverlap=True)),
+    base = chart(rows).encode(
+        alt.X(f"{column}:O", title=column, axis=alt.Axis(labelAngle=0, labelOverlap=True)),
         alt.Y("row:N", title=None, sort=None),
-        tooltip=[alt.Tooltip("row:N", title="layer"), "expert:O", alt.Tooltip("value:Q", title=label, format=".4g")],
+        tooltip=tooltip,
     )
     # black or white, whichever has the higher contrast with the cell
     ink = alt.expr("luminance(scale('color', datum.value)) > 0.179 ? 'black' : 'white'")
     size = f"min(12, width / {count} / {0.62 * characters})"  # fits the cell; not drawn if too small to read
     text = base.mark_text(fill=ink, fontSize=alt.expr(size), opacity=alt.expr(f"{size} < 7 ? 0 : 1"))
-    title = label if unit == 1 else f"{label}, in units of {unit:g}"
-    return alt.layer(base.mark_rect().encode(colour), text.encode(text="cell:N")).properties(
-        height=alt.Step(26), title=title
-    )
+    return alt.layer(base.mark_rect().encode(colour), text.encode(text="cell:N")).properties(height=alt.Step(26))
 
 
 def proposals(runs: dict[str, Run]) -> alt.Chart | None:
@@ -292,7 +306,7 @@ def proposals(runs: dict[str, Run]) -> alt.Chart | None:
     if not rows:
         return None
     tooltip = ["expert:N", "reason:N", alt.Tooltip("step:Q", title="from"), alt.Tooltip("end:Q", title="to")]
-    bars = _chart(rows).mark_bar(opacity=0.8).encode(_step(), alt.X2("end"), tooltip=tooltip)
+    bars = chart(rows).mark_bar(opacity=0.8).encode(step_axis(), alt.X2("end"), tooltip=tooltip)
     return bars.encode(alt.Y("expert:N", title=None), alt.Color("reason:N")).properties(height=alt.Step(20))
 
 
@@ -310,7 +324,7 @@ def probe(probes: dict[str, list[Probe]]) -> list[alt.Chart]:
         ]
         x = alt.X("top_k:O", axis=alt.Axis(labelAngle=0, labelOverlap=True))
         tooltip = ["arm:N", "top_k:O", alt.Tooltip(f"{field}:Q", format="+.4g")]
-        lines = _chart(rows).mark_line(point=alt.OverlayMarkDef(size=50))
+        lines = chart(rows).mark_line(point=alt.OverlayMarkDef(size=50))
         lines = lines.encode(x, alt.Y(f"{field}:Q", title=None), _by_arm([*probes]), tooltip=tooltip)
         panels.append(lines.properties(height=150, title=label))
     return panels

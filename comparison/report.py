@@ -44,6 +44,7 @@ TESTED = (
     "in which the beta of each expert follows the coherence of another expert: only if on differs from the placebo "
     "too can coherence be the cause.",
 )
+TEMPLATE = Path(__file__).with_name("report.html.j2")
 STUDY_COMMAND = "python compare.py config/study.py --seeds=8"
 FEW = "Intervals and tests need six pairs."
 NOTE = (
@@ -227,21 +228,32 @@ def write(out: Path, comparison: Comparison) -> dict[str, Path]:
 
     Raises UserError if a file cannot be written.
     """
+    drawn = [(figure, image_name("figures", figure)) for figure in draw(comparison)]
+    write_files(
+        out,
+        {
+            **{name: figures.png(figure) for figure, name in drawn},
+            "report.html": as_html(comparison, [figure for figure, _ in drawn]),
+            "report.md": as_markdown(comparison, drawn),
+            "comparison.json": json.dumps(as_json(comparison), indent=1) + "\n",
+        },
+    )
+    return {figure.title: out / name for figure, name in drawn}
+
+
+def image_name(folder: str, figure: Figure) -> str:
+    """The path of a figure's PNG."""
+    return f"{folder}/{re.sub('[^a-z]+', '_', figure.title.lower())}.png"
+
+
+def write_files(out: Path, contents: dict[str, str | bytes]) -> None:
+    """Write the files of a report, given by their path in `out`. Raises UserError if one cannot be written."""
     try:
-        (out / "figures").mkdir(parents=True, exist_ok=True)
-        drawn = [
-            (f, f"figures/{re.sub('[^a-z]+', '_', f.title.lower())}.png", figures.png(f)) for f in draw(comparison)
-        ]
-        for name, content in (
-            *((name, image) for _, name, image in drawn),
-            ("report.html", as_html(comparison, [figure for figure, *_ in drawn])),
-            ("report.md", as_markdown(comparison, [(figure, name) for figure, name, _ in drawn])),
-            ("comparison.json", json.dumps(as_json(comparison), indent=1) + "\n"),
-        ):
+        for name, content in contents.items():
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(out / name) as f:
                 # the name of a folder need not be text
                 f.write(content if isinstance(content, bytes) else content.encode(errors="backslashreplace"))
-        return {figure.title: out / name for figure, name, _ in drawn}
     except OSError as e:
         raise UserError(f"cannot write the report to {out}: {e.strerror}") from None
 
@@ -290,18 +302,10 @@ def draw(c: Comparison) -> list[Figure]:
 
 
 def as_html(c: Comparison, drawn: list[Figure]) -> str:
-    template = (Path(__file__).parent / "report.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    script = (Path(__file__).parent / "report.js").read_text(encoding="utf-8")
-    specifications = {
-        f"chart{i}_{j}": specification
-        for i, figure in enumerate(drawn)
-        for j, specification in enumerate(figures.specifications(figure))
-    }
     differ, shared = tables.settings(c.arms)
-    return environment.from_string(template).render(
+    return page(
+        TEMPLATE,
+        drawn,
         c=c,
         conclusion=conclusion(c.analysis),
         facts=_facts(c),
@@ -317,6 +321,26 @@ def as_html(c: Comparison, drawn: list[Figure]) -> str:
         differ=differ,
         shared=shared,
         made=tables.provenance(c.arms, c.command, str(date.today())),
+    )
+
+
+def page(template: Path, drawn: list[Figure], **values: Any) -> str:
+    """A page as one file. template: TEMPLATE, or one that extends it; values: what it shows besides the figures."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([template.parent, TEMPLATE.parent]),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    script = TEMPLATE.with_name("report.js").read_text(encoding="utf-8")
+    specifications = {
+        f"chart{i}_{j}": specification
+        for i, figure in enumerate(drawn)
+        for j, specification in enumerate(figures.specifications(figure))
+    }
+    return environment.get_template(template.name).render(
+        values,
         # in a <script>, where only < could end it
         specifications=json.dumps(specifications, separators=(",", ":")).replace("<", "\\u003c"),
         script=vl_convert.javascript_bundle(script).replace("</script", "<\\/script"),
