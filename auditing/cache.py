@@ -29,7 +29,7 @@ class Cache:
         self.lines: list[dict[str, Any]] = []
         first = {"identity": identity | {"version": VERSION}}
         try:
-            found = _complete_lines(path)
+            found = complete_lines(path)
             if not found or found[0] != first:
                 path.parent.mkdir(exist_ok=True)
                 found = [first]
@@ -54,7 +54,7 @@ class Cache:
         return {line[key]: line for line in self.lines if key in line}
 
 
-def _complete_lines(path: Path) -> list[dict[str, Any]]:
+def complete_lines(path: Path) -> list[dict[str, Any]]:
     """The JSON objects of a file up to the first line that is none; [] without a file."""
     if not os.path.lexists(path):
         return []

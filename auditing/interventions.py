@@ -27,7 +27,9 @@ Masks = Mapping[int, tuple[int, ...]]  # masked experts by transformer block
 
 def moe_layer(model: GPT, block: int) -> MOELayer:
     """The MoE layer of a transformer block."""
-    return model.transformer.h[block].mlp
+    layer = model.transformer.h[block].mlp
+    assert isinstance(layer, MOELayer)
+    return layer
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from auditing.cache import Cache, file_sha256
+from auditing.cache import Cache, complete_lines, file_sha256
 from auditing.criteria import Observed, scores, trained_phi, weight_statistics
 from auditing.interventions import SUMS, Batch
 from comparison.runs import Run, check_is_last
@@ -141,6 +141,10 @@ def measure(run: Run, trained: setup.Run, cache: Cache, least: int, most: int) -
     Raises Stopped after a signal.
     """
     lines = cache.values("batch")
+    model = next((line["model"] for line in cache.lines if "model" in line), None)
+    if model is None:
+        model = of_model(trained)
+        cache.append({"model": model})
     n = least
     while True:
         for i in tqdm(range(n), desc=f"{run.name}: batches", leave=False, disable=None):
@@ -148,7 +152,7 @@ def measure(run: Run, trained: setup.Run, cache: Cache, least: int, most: int) -
                 line = {"batch": i} | measure_batch(trained, i)
                 cache.append(line)
                 lines[i] = line
-        found = _measured(run, trained, [lines[i] for i in range(n)])
+        found = _measured(run, model, [lines[i] for i in range(n)])
         if n >= most or found.reliability.min() >= RELIABLE:
             return found
         n = min(2 * n, most)
@@ -159,7 +163,8 @@ def measure_batch(trained: setup.Run, index: int) -> dict[str, Any]:
     model = trained.model
     blocks, experts = model.config.moe_blocks, range(model.config.n_exp)
     batch = Batch(model, *trained.batches.validation(index))
-    masked, zeroed = [], []
+    masked: list[list[float]] = []
+    zeroed: list[list[float]] = []
     for block in blocks:
         masked.append([])
         zeroed.append([])
@@ -177,23 +182,46 @@ def check_signal(trained: setup.Run) -> None:
         raise Stopped(trained.interrupt.exit_status)
 
 
-def _measured(run: Run, trained: setup.Run, lines: list[dict[str, Any]]) -> Measured:
+def of_model(trained: setup.Run) -> dict[str, Any]:
+    """What the criteria use of the model and the loop, as lists."""
+    model = trained.model
+    absolute, rms = weight_statistics(model)
+    phi = {clock: value.tolist() for clock, value in trained_phi(model, trained.loop).items()}
+    weights = {"weights_abs": absolute.tolist(), "weights_rms": rms.tolist()}
+    return {"blocks": model.config.moe_blocks, "top_k": model.config.top_k, "phi": phi, **weights}
+
+
+def from_cache(run: Run) -> Measured | None:
+    """The measurements in the folder of a run, if they are of its checkpoint; None otherwise."""
+    if run.folder is None:
+        return None
+    try:
+        lines = complete_lines(run.folder / CACHE)
+        if not lines or lines[0]["identity"]["checkpoint_sha256"] != file_sha256(run.folder / checkpoint.NAME):
+            return None
+        model = next((line["model"] for line in lines if "model" in line), None)
+        batches = {line["batch"]: line for line in lines if "batch" in line}
+        found = [batches[i] for i in range(len(batches))]
+        return _measured(run, model, found) if model and len(found) > 1 else None
+    except (OSError, UserError, KeyError, TypeError, ValueError):
+        return None
+
+
+def _measured(run: Run, model: dict[str, Any], lines: list[dict[str, Any]]) -> Measured:
     base = np.array([line["loss"] for line in lines])
     rises = {name: np.array([line[name] for line in lines]) - base[:, None, None] for name in ("masked", "zeroed")}
-    model = trained.model
-    found = scores(observed(lines, trained_phi(model, trained.loop), *weight_statistics(model), run.seed))
-    plain = {name: score.numpy() for name, score in found.items()}
-    return Measured(run, model.config.moe_blocks, model.config.top_k, base, scores=plain, **rises)
+    found = {name: score.numpy() for name, score in scores(observed(lines, model, run.seed)).items()}
+    return Measured(run, model["blocks"], model["top_k"], base, scores=found, **rises)
 
 
-def observed(
-    lines: list[dict[str, Any]], trained: dict[str, torch.Tensor], absolute: torch.Tensor, rms: torch.Tensor, seed: int
-) -> Observed:
-    """What the criteria use, from the lines of all batches."""
+def observed(lines: list[dict[str, Any]], model: dict[str, Any], seed: int) -> Observed:
+    """What the criteria use, from the lines of all batches and of the model."""
     of_batches = {name: torch.tensor([line[name] for line in lines], dtype=torch.float64) for name in SUMS}
     has_tokens = (of_batches["tokens"] > 0).double()
     values = {
         name: (value * has_tokens).sum(0) / has_tokens.sum(0).clamp_min(1) if name in MEANS else value.sum(0)
         for name, value in of_batches.items()
     }
-    return Observed(**values, trained=trained, weights_abs=absolute, weights_rms=rms, seed=seed)
+    trained = {clock: torch.tensor(phi, dtype=torch.float64) for clock, phi in model["phi"].items()}
+    weights = {name: torch.tensor(model[name], dtype=torch.float64) for name in ("weights_abs", "weights_rms")}
+    return Observed(**values, trained=trained, **weights, seed=seed)

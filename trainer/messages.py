@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from pathlib import Path
 
 import torch
@@ -93,4 +94,6 @@ def last_lines(s: Settings, progress: Progress, checkpointer: Checkpointer, fail
     lines.append(f"the run is in {out}: {', '.join(name for name in names if (out / name).exists())}")
     if is_stopped and checkpoint.exists(out):
         lines.append("to continue: repeat the command with --init_from=resume")
+    if not is_stopped and s.n_exp > 1 and checkpointer.failure is None:
+        lines.append(f"to measure what its experts are worth: python audit.py {shlex.quote(s.out_dir)}")
     return lines
