@@ -24,6 +24,7 @@ from pathlib import Path
 
 from chronomoe.options import option, options_of, same_option
 from trainer import cli
+from trainer.lock import folder_lock
 from trainer.memory import one_line_out_of_memory
 from trainer.settings import Settings
 
@@ -106,22 +107,26 @@ def main(arguments: list[str]) -> int:
 
 def audit(run: Run, o: Options) -> AuditedRun:
     """Measure one run. Raises UserError if it cannot be audited, Stopped after a signal."""
-    with measure.opened_to_measure(run, o.device) as trained:
-        cache = measure.cache_of(run, trained)
-        measured = measure.measure(run, trained, cache, o.batches, max(o.batches, o.max_batches))
-        picture = routing.picture(run, trained, o.batches)
-        regrets = []
-        if o.subset_batches:
-            regrets = subsets.regrets(measured, subsets.Rises(trained, cache, o.subset_batches))
+    if run.folder is None:
+        raise UserError(f"{run.name}: its files are not on this machine")
     healed: list[healing.Healing] = []
     moved: list[damage.Moved] = []
-    if o.heal or o.damage:
-        with measure.opened(run, "--compile=False", "--fuse=False", device=o.device) as trained:
-            twin = Twin(run, trained)
-            if o.heal:
-                healed = healing.heal(measured, twin, cache, o.heal, o.prune)
-            if o.damage:
-                moved = damage.assay(run.name, run.seed, twin, cache, o.damage)
+    with folder_lock(run.folder / measure.CACHE.parent, option="run"):
+        with measure.opened_to_measure(run, o.device) as trained:
+            cache = measure.cache_of(run, trained)
+            measured = measure.measure(run, trained, cache, o.batches, max(o.batches, o.max_batches))
+            picture = routing.picture(run, trained, o.batches)
+            regrets = []
+            if o.subset_batches:
+                regrets = subsets.regrets(measured, subsets.Rises(trained, cache, o.subset_batches))
+        if o.heal or o.damage:
+            # hooks are not a part of compiled or fused graphs
+            with measure.opened(run, "--compile=False", "--fuse=False", device=o.device) as trained:
+                twin = Twin(run, trained)
+                if o.heal:
+                    healed = healing.heal(measured, twin, cache, o.heal, o.prune)
+                if o.damage:
+                    moved = damage.assay(run.name, run.seed, twin, cache, o.damage)
     return AuditedRun(measured, picture, regrets, healed, moved)
 
 
