@@ -36,6 +36,7 @@ from trainer.lock import folder_lock
 from trainer.settings import Settings
 
 try:
+    from auditing import compared
     from comparison import planning, report, sweep, wandb_runs
     from comparison.analysis import conclusion
     from comparison.runs import Run, expand, group_into_arms, load_run, load_runs, lost_seeds, named_after
@@ -153,7 +154,8 @@ def write_report(
     lost = lost_seeds(unusable, arms)
     out, note = report.folder_for(out, arms)
     print("evaluating the trained models and writing the report", flush=True)
-    comparison = report.compare(arms, differing, left_out + left_out_of_arms, lost, command, out, next_command)
+    audit = compared.table(arms)
+    comparison = report.compare(arms, differing, left_out + left_out_of_arms, lost, command, out, next_command, audit)
     figures = report.write(out, comparison)
     if wandb_log:
         wandb_runs.log(out, comparison, figures)

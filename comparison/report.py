@@ -60,6 +60,11 @@ NOTE = (
     "beta selects for it; it is a check that beta acted."
 )
 
+AUDIT_NOTE = (
+    "audit.py has measured how much the loss rises when an expert is masked (its worth). Shown is the mean over runs "
+    "of the rank correlation within a layer, with its 95% interval if there are six runs. audit.html has the details."
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
@@ -74,6 +79,7 @@ class Comparison:
     earlier: list[dict[str, Any]]  # studies of the earlier reports in the same folder; see `study`
     earlier_unknown: str | None = None  # why the earlier reports are not known
     next_command: str = STUDY_COMMAND  # that would give a verdict, if there are too few pairs
+    audit: Table | None = None  # what audit.py has measured of these runs
 
     @property
     def rows(self) -> list[Row]:
@@ -147,14 +153,15 @@ def compare(
     command: str,
     out: Path,
     next_command: str = STUDY_COMMAND,
+    audit: Table | None = None,
 ) -> Comparison:
     """Analyse the arms, and probe one trained model of each arm that has a beta.
 
-    lost: seeds of runs that cannot be used, by arm. out: folder of the report. next_command: see Comparison.
+    lost: seeds of runs that cannot be used, by arm. out: folder of the report. next_command, audit: see Comparison.
     """
     earlier = earlier_studies(out)
     comparison = Comparison(
-        arms, differing, list(left_out), command, analyse(arms, lost), {}, *earlier, next_command=next_command
+        arms, differing, list(left_out), command, analyse(arms, lost), {}, *earlier, next_command, audit
     )
     for arm, run in comparison.shown.items():
         if run.config.get("chrono_beta"):
@@ -316,6 +323,7 @@ def as_html(c: Comparison, drawn: list[Figure]) -> str:
         measures=tables.measures_by_arm(c.arms),
         contrasts=contrasts(c),
         note=NOTE if c.is_tested else FEW,
+        audit_note=AUDIT_NOTE,
         seeds=sorted(set().union(*c.arms.values())),
         figures=drawn,
         differ=differ,
@@ -358,6 +366,8 @@ def as_markdown(c: Comparison, drawn: list[tuple[Figure, str]]) -> str:
     lines += ["", "## Losses and routing", "", *tables.measures_by_arm(c.arms).as_markdown()]
     if c.rows:
         lines += ["", "## All contrasts", "", NOTE if c.is_tested else FEW, "", *contrasts(c).as_markdown()]
+    if c.audit is not None:
+        lines += ["", "## Worth of experts", "", AUDIT_NOTE, "", *c.audit.as_markdown()]
     for figure, path in drawn:
         lines += ["", f"## {figure.title}", "", f"![{figure.title}]({path})", "", figure.caption]
     if differ.rows:
@@ -401,6 +411,7 @@ def as_json(c: Comparison) -> dict[str, Any]:
         **{name: [row(r) for r in getattr(c.analysis, name)] for name in ("primary", "described", "check")},
         "single_pairs": {" - ".join(arms): pair for arms, pair in c.analysis.single.items()},
         "measures": tables.measures(c.arms),
+        "audit": None if c.audit is None else [dict(zip(c.audit.columns, row)) for row in c.audit.rows],
         "probes": {arm: [dataclasses.asdict(p) for p in found] for arm, found in c.probes.items()},
         "validation_loss": losses,
     }
