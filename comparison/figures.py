@@ -11,6 +11,7 @@ from typing import Any
 
 import altair as alt
 import vl_convert
+from altair import Undefined
 
 from comparison.analysis import Row
 from comparison.probe import Probe
@@ -280,12 +281,21 @@ def unit_of(values: list[float]) -> float:
     return 10.0 ** math.floor(math.log10(largest)) if 0 < largest < 0.01 else 1.0
 
 
-def cells(rows: list[dict[str, Any]], scale: alt.Scale, tooltip: list[Any], column: str = "expert") -> alt.LayerChart:
-    """A heatmap with text. Each row has the fields row, `column`, value, which is coloured, and cell, its text."""
+def cells(
+    rows: list[dict[str, Any]],
+    scale: alt.Scale,
+    tooltip: list[Any],
+    column: str = "expert",
+    order: list[str] | None = None,
+) -> alt.LayerChart:
+    """A heatmap with text. Each row has the fields row, `column`, value, which is coloured, and cell, its text.
+
+    order: of the columns; None: sorted.
+    """
     count, characters = len({row[column] for row in rows}), max(len(row["cell"]) for row in rows)
     colour = alt.Color("value:Q", scale=scale, legend=None)
     base = chart(rows).encode(
-        alt.X(f"{column}:O", title=column, axis=alt.Axis(labelAngle=0, labelOverlap=True)),
+        alt.X(f"{column}:O", title=column, sort=order or Undefined, axis=alt.Axis(labelAngle=0, labelOverlap=True)),
         alt.Y("row:N", title=None, sort=None),
         tooltip=tooltip,
     )

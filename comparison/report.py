@@ -6,6 +6,7 @@ The page is one file that loads nothing: Vega-Lite's JavaScript and the figures'
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -341,7 +342,6 @@ def page(template: Path, drawn: list[Figure], **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    script = TEMPLATE.with_name("report.js").read_text(encoding="utf-8")
     specifications = {
         f"chart{i}_{j}": specification
         for i, figure in enumerate(drawn)
@@ -351,8 +351,15 @@ def page(template: Path, drawn: list[Figure], **values: Any) -> str:
         values,
         # in a <script>, where only < could end it
         specifications=json.dumps(specifications, separators=(",", ":")).replace("<", "\\u003c"),
-        script=vl_convert.javascript_bundle(script).replace("</script", "<\\/script"),
+        script=_script(),
     )
+
+
+@functools.cache  # takes a second
+def _script() -> str:
+    """The script of the page, with Vega-Lite's."""
+    script = TEMPLATE.with_name("report.js").read_text(encoding="utf-8")
+    return vl_convert.javascript_bundle(script).replace("</script", "<\\/script")
 
 
 def as_markdown(c: Comparison, drawn: list[tuple[Figure, str]]) -> str:
