@@ -62,8 +62,8 @@ def correlations(found: list[Agreement], seeds: list[int]) -> alt.LayerChart:
     bars = []
     for a in found:
         if a.pooled is not None:
-            interval = {"low": rounded(a.pooled.low), "high": rounded(a.pooled.high)} if a.pooled.is_enough else {}
-            bars.append({"criterion": a.criterion, "mean": rounded(a.pooled.mean)} | interval)
+            bar = {"criterion": a.criterion, "mean": rounded(a.pooled.mean)}
+            bars.append(bar | ({"low": a.pooled.low, "high": a.pooled.high} if a.pooled.is_enough else {}))
     y = alt.Y("criterion:N", sort=order, title=None)
 
     def x(field: str) -> alt.X:
@@ -205,9 +205,9 @@ def regret(runs: list[list[Regret]]) -> list[alt.LayerChart]:
 def roc(points: list[dict[str, float]]) -> alt.LayerChart:
     """The ROC curve of the rule over its threshold."""
     rows = [{name: rounded(value) for name, value in p.items()} for p in spaced(points, MAX_THRESHOLDS)]
-    share = {"scale": alt.Scale(domain=[0, 1]), "axis": alt.Axis(tickCount=5)}
-    x = alt.X("others:Q", title="share of the other experts", **share)
-    y = alt.Y("cheap:Q", title="share of the cheap experts", **share)
+    scale, axis = alt.Scale(domain=[0, 1]), alt.Axis(tickCount=5)
+    x = alt.X("others:Q", title="share of the other experts", scale=scale, axis=axis)
+    y = alt.Y("cheap:Q", title="share of the cheap experts", scale=scale, axis=axis)
     order = alt.Order("others:Q")
     ends = chart([{"others": 0, "cheap": 0}, {"others": 1, "cheap": 1}])
     diagonal = ends.mark_line(color="currentColor", opacity=0.4, strokeDash=[4, 4], strokeWidth=1).encode(x, y)
@@ -277,7 +277,7 @@ def coactivation(picture: Picture) -> list[alt.Chart]:
         ]
         for layer, shares in of_layer.items()
     }
-    largest = max(row["share"] for found in rows.values() for row in found) or 1.0
+    largest = max(row["share"] or 0.0 for found in rows.values() for row in found) or 1.0
     scale = alt.Scale(scheme="viridis", domain=[0, largest])
     colour = alt.Color("share:Q", scale=scale, legend=alt.Legend(format=".0%", tickCount=3))
     tooltip = [

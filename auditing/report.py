@@ -177,8 +177,13 @@ def signed(value: float | None, digits: int = 2) -> str:
     return "" if value is None or math.isnan(value) else f"{value:+.{digits}f}"
 
 
+def tested(c: Contrast | None) -> Contrast | None:
+    """The statistics, if there are enough runs for a test."""
+    return c if c is not None and c.is_enough else None
+
+
 def interval(c: Contrast | None, digits: int = 2) -> str:
-    return "" if c is None or not c.is_enough else f"{signed(c.low, digits)} to {signed(c.high, digits)}"
+    return "" if c is None or tested(c) is None else f"{signed(c.low, digits)} to {signed(c.high, digits)}"
 
 
 def few(group: Group) -> list[str]:
@@ -224,18 +229,17 @@ def ranking_rows(group: Group) -> list[dict[str, Any]]:
     """The ranking as numbers; None for one that does not exist."""
     rows = []
     for a in ranked(group):
-        c = a.pooled
-        is_tested = c is not None and c.is_enough
+        c = tested(a.pooled)
         numbers = {
             "mean rank correlation": mean_of(a),
-            "95% low": c.low if is_tested else math.nan,
-            "95% high": c.high if is_tested else math.nan,
-            "p": c.p if is_tested else math.nan,
+            "95% low": c.low if c else math.nan,
+            "95% high": c.high if c else math.nan,
+            "p": c.p if c else math.nan,
             "with outputs zeroed": mean_of(group.agreements_zeroed[a.criterion]),
             "all experts together": _mean(a.all_experts),
         }
         finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        rows.append({"criterion": a.criterion, "runs": len(a.per_run)} | finite | {"verdict": verdict(c)})
+        rows.append({"criterion": a.criterion, "runs": len(a.per_run)} | finite | {"verdict": verdict(a.pooled)})
     return rows
 
 
@@ -251,14 +255,13 @@ def _ranking(group: Group) -> Section:
     shown = figures.spaced(range(len(blocks)), figures.MAX_LAYERS)
     rows = []
     for a, numbers in zip(found, ranking_rows(group)):
-        c = a.pooled
-        is_tested = c is not None and c.is_enough
+        c = tested(a.pooled)
         rows.append([
             a.criterion,
             signed(numbers["mean rank correlation"]),
             interval(c),
-            "" if not is_tested else f"{c.p:.3g}" if c.is_exact else f"{c.p:.3g} (sampled)",
-            verdict(c).removeprefix("ranks experts ").removeprefix("is ") if is_tested else "",
+            "" if c is None else f"{c.p:.3g}" if c.is_exact else f"{c.p:.3g} (sampled)",
+            verdict(c).removeprefix("ranks experts ").removeprefix("is ") if c else "",
             *(signed(_mean(a.by_layer[:, layer])) for layer in shown),
             signed(numbers["with outputs zeroed"]),
             signed(numbers["all experts together"]),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -119,7 +120,8 @@ def figures_of(panels):
 def test_names_are_text_whatever_they_hold():
     name = "</script><b id=injected>{{ 1 }}\udcff"
     runs = [make_audited(seed, 1, 4, name=f"{name}{seed}") for seed in range(2)]
-    page = page_of(Group("on", runs), Group("off", runs), left_out=[name], command=name)
+    bare = [dataclasses.replace(run, regrets=[], moved=[]) for run in runs]
+    page = page_of(Group("on", runs), Group("off", bare), left_out=[name], command=name)
     page.encode(errors="backslashreplace")
     assert "<b id" not in page and page.count("</script>") == 2 and "&lt;b id=injected&gt;{{ 1 }}" in page
     assert len(re.findall("<h1>", page)) == 2 and "<h1>off: " in page
@@ -149,7 +151,8 @@ def test_page_without_phi_searches_healing_and_damage():
 
 
 def test_page_of_a_large_model_is_small():
-    page = page_of(Group("on", [make_audited(0, layers=16, experts=64)]))
+    large = make_audited(0, layers=16, experts=64)
+    page = page_of(Group("on", [dataclasses.replace(large, moved=[])]))
     assert len(page.encode()) < 5e6 and "5 of the 16 layers are shown" in page
     assert figures.spaced(range(16), 4) == [0, 5, 10, 15] and figures.spaced(range(3), 1) == [0]
 
@@ -160,6 +163,17 @@ def test_a_constant_criterion_has_no_correlation():
     (row,) = (row for row in report.ranking_rows(Group("on", [audited])) if row["criterion"] == "load")
     assert row["mean rank correlation"] is None
     assert report.ranked(Group("on", [audited]))[-1].criterion == "load"
+
+
+def test_wandb_gets_answers_ranking_and_figures(tmp_path):
+    tables = SimpleNamespace(Table=lambda columns, data: (columns, data), Image=str)
+    group = Group("on", [make_audited(seed, 1, 4) for seed in range(6)])
+    content = report._content(tables, [group], {"Regret": tmp_path / "regret.png"})
+    columns, rows = content["ranking"]
+    assert {row[columns.index("criterion")] for row in rows} == set(SOME) and {len(row) for row in rows} == {
+        len(columns)
+    }
+    assert content["sentences"][1][0] == ["on", group.sentences[0]] and content["figures/Regret"].endswith(".png")
 
 
 def test_folder_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
