@@ -13,13 +13,15 @@ from comparison.runs import Run, Unusable, checked
 from trainer.errors import UserError, first_line
 from trainer.wandb_run import WandbRun
 
+REPORTS = ("comparison", "audit")  # job types of runs that are reports
+
 
 def fetch(project: str) -> list[Any]:
     """The training runs of `entity/project`. Raises UserError if W&B does not answer."""
     import wandb
 
     try:
-        return [run for run in wandb.Api().runs(project) if run.job_type != "comparison"]
+        return [run for run in wandb.Api().runs(project) if run.job_type not in REPORTS]
     except Exception as e:
         raise UserError(f"--wandb={project}: W&B did not answer ({type(e).__name__}: {first_line(e)})") from None
 

@@ -308,7 +308,7 @@ def test_runs_from_wandb_give_the_same_report_as_from_disk(tmp_path, monkeypatch
 
     runs = make_study(effect=-0.2, seeds=6)
     found = [wandb_run(run, run.lines) for run in runs] + [wandb_run(runs[0], runs[0].lines[:3])]  # still training
-    found.append(wandb_run(runs[0], runs[0].lines, "comparison"))
+    found += [wandb_run(runs[0], runs[0].lines, of_report) for of_report in ("comparison", "audit")]
     monkeypatch.setattr(wandb, "Api", lambda: SimpleNamespace(runs=lambda project: found))
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.chdir(tmp_path)
