@@ -87,8 +87,8 @@ def over_runs(values: np.ndarray) -> Contrast | None:
 def verdict(c: Contrast | None) -> str:
     """What the statistics of the correlations say, as the predicate of a sentence."""
     if c is None or not c.is_enough:
-        count = "fewer than two" if c is None else c.n
-        return f"is not tested: a verdict needs {MIN_PAIRS} runs, and its rank correlation is defined in {count}"
+        count = "" if c is None else f", and its rank correlation is defined in {c.n}"
+        return f"is not tested: a verdict needs {MIN_PAIRS} runs{count}"
     if not c.is_effect:
         return "is not shown to rank experts by worth"
     return f"ranks experts {'better' if c.mean > 0 else 'worse'} than chance"
