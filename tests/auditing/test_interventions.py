@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from auditing.cache import Cache
-from auditing.criteria import CRITERIA, scores, trained_phi, weight_statistics
+from auditing.criteria import CRITERIA, scores
 from auditing.interventions import SUMS, Batch, masked
-from auditing.measure import Measured, observed
+from auditing.measure import Measured, observed, of_model
 from auditing.subsets import Rises, lowest, regrets
 from chronomoe import ChronoConfig
 from tests.helpers import reference
@@ -211,7 +211,7 @@ def fast_scores(model, loop, batches, seed=5):
     for inputs, targets in batches:
         batch = Batch(model, inputs, targets)
         lines.append({name: [getattr(layer, name).tolist() for layer in batch.sums] for name in SUMS})
-    found = scores(observed(lines, trained_phi(model, loop), *weight_statistics(model), seed))
+    found = scores(observed(lines, of_model(types.SimpleNamespace(model=model, loop=loop)), seed))
     return {name: score.numpy() for name, score in found.items()}
 
 
