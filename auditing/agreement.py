@@ -87,8 +87,8 @@ def over_runs(values: np.ndarray) -> Contrast | None:
 def verdict(c: Contrast | None) -> str:
     """What the statistics of the correlations say, as the predicate of a sentence."""
     if c is None or not c.is_enough:
-        count = 1 if c is None else c.n
-        return f"is not tested: a verdict needs {MIN_PAIRS} runs, and there {'is 1' if count == 1 else f'are {count}'}"
+        count = "" if c is None else f", and its rank correlation is defined in {c.n}"
+        return f"is not tested: a verdict needs {MIN_PAIRS} runs{count}"
     if not c.is_effect:
         return "is not shown to rank experts by worth"
     return f"ranks experts {'better' if c.mean > 0 else 'worse'} than chance"
@@ -124,7 +124,12 @@ def against_rivals(found: dict[str, Agreement]) -> dict[str, Contrast]:
 
 
 def added_to_router(runs: Sequence[Measured]) -> Contrast | None:
-    """phi_slow's partial rank correlation with worth, given mean gate and load; None if it is not defined."""
+    """phi_slow's partial rank correlation with worth, given mean gate and load; None if it is not defined.
+
+    Ranks do not hold all that the router knows. If worth and phi_slow both follow gate and load, for example their
+    product, the partial rank correlation is above 0 and the test rejects far more often than at its level. So it can
+    show that phi_slow adds nothing that ranks can tell, but not that it adds something.
+    """
     if PRIMARY not in shared_criteria(runs):
         return None
     by_layer = [
@@ -192,10 +197,10 @@ class Proposal:
     def sentence(self) -> str:
         count, others = (NUMBERS[n] if n < len(NUMBERS) else str(n) for n in (self.worth_less, self.others))
         verb, word = ("costs" if self.worth >= 0 else "gains"), ("is" if self.worth_less == 1 else "are")
-        return (
-            f"pruning {self.expert} {verb} {abs(self.worth):.3f} ± {self.error:.3f} nats; "
-            f"{count if self.worth_less else 'none'} of the {others} others {word} worth less"
-        )
+        rank = f"{count if self.worth_less else 'none'} of the {others} others {word} worth less"
+        if self.others == 1:
+            rank = "the other is worth less" if self.worth_less else "the other is not worth less"
+        return f"pruning {self.expert} {verb} {abs(self.worth):.3f} ± {self.error:.3f} nats; {rank}"
 
 
 def proposals(run: Measured) -> list[Proposal]:

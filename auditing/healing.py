@@ -15,6 +15,7 @@ from auditing.interventions import masked
 from auditing.measure import Measured
 from auditing.subsets import lowest
 from auditing.twins import Twin
+from trainer.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,13 @@ class Healing:
 
 
 def heal(measured: Measured, twin: Twin, cache: Cache, steps: int, size: int) -> list[Healing]:
-    """Prune the `size` experts per layer that each criterion ranks lowest, and train on. Raises Stopped."""
+    """Prune the `size` experts per layer that each criterion ranks lowest, and train on.
+
+    Raises UserError if that leaves fewer than top_k, Stopped after a signal.
+    """
+    most = measured.worth.shape[1] - measured.top_k
+    if size > most:
+        raise UserError(f"{measured.run.name}: --prune={size} leaves fewer than top_k experts; at most {most} can go")
     choices = {
         name: {block: lowest(score[layer], size) for layer, block in enumerate(measured.blocks)}
         for name, score in measured.scores.items()

@@ -141,13 +141,22 @@ class Batch:
         layer, module = self.layers[block], moe_layer(self.model, block)
         experts = torch.tensor(masks[block], device=layer.tokens.device)
         changed = torch.isin(layer.routing.experts, experts).any(-1)
-        if module.capacity(len(changed)) is not None:
-            changed[:] = True  # a token that moves can displace another one
+        if not self._only_users_change(module, len(changed)):
+            changed[:] = True
         with masked(self.model, masks):
             mixture = layer.mixture.clone()
             if changed.any():
                 mixture[changed] = module(layer.tokens[changed][None], self.biases[block], False)[0][0]
             return self._loss_above(block, mixture)
+
+    @staticmethod
+    def _only_users_change(module: MOELayer, num_tokens: int) -> bool:
+        """Whether masking experts of a layer changes only the tokens that use them."""
+        router = module.router
+        gates_of_chosen = router.norm_topk_prob  # else the gates are a softmax over all experts, the masked ones too
+        bias_per_token = router.config.bridge and router.config.bridge_scope == "token"  # r depends on all logits
+        displaces = module.capacity(num_tokens) is not None  # a token that moves can displace another one
+        return gates_of_chosen and not bias_per_token and not displaces
 
     @torch.no_grad()
     def loss_zeroed(self, block: int, expert: int) -> float:

@@ -93,7 +93,7 @@ def opened(run: Run, *arguments: str, device: str = "auto") -> Iterator[setup.Ru
     """The trained model, optimizer, loop and data of a finished run. Nothing is written to its folder.
 
     arguments: of train.py. Raises UserError if its checkpoint is missing, damaged, not that of the run's last step, or
-    of other settings, or if its data have changed.
+    of other settings, or if its data have changed; Stopped at the end, after a signal.
     """
     if run.folder is None:
         raise UserError(f"{run.name}: its checkpoint is not on this machine")
@@ -111,6 +111,7 @@ def opened(run: Run, *arguments: str, device: str = "auto") -> Iterator[setup.Ru
         if trained.start.damaged:  # by its digest
             raise UserError(f"{path} is damaged: the audit needs the checkpoint of the last step")
         yield trained
+        check_signal(trained)  # one that came after the last measurement
 
 
 @contextlib.contextmanager
