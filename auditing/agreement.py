@@ -46,6 +46,8 @@ def partial_rank_correlation(a: np.ndarray, b: np.ndarray, controls: Sequence[np
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    if len(a) < 2:
+        return math.nan
     a, b = a - a.mean(), b - b.mean()
     lengths = math.sqrt((a @ a) * (b @ b))
     return float(a @ b / lengths) if lengths > 0 else math.nan
@@ -94,13 +96,17 @@ def verdict(c: Contrast | None) -> str:
     return f"ranks experts {'better' if c.mean > 0 else 'worse'} than chance"
 
 
-def agreement(runs: Sequence[Measured], criterion: str, zeroed: bool = False) -> Agreement:
-    """The agreement of a criterion that all runs have. zeroed: worth is the rise with outputs set to zero."""
+def agreement(runs: Sequence[Measured], criterion: str, zeroed: bool = False, used: bool = False) -> Agreement:
+    """The agreement of a criterion that all runs have.
+
+    zeroed: worth is the rise with outputs set to zero. used: without the experts that had no token.
+    """
     by_layer, together = [], []
     for run in runs:
         worth, score = run.worth_zeroed if zeroed else run.worth, run.scores[criterion]
-        by_layer.append([rank_correlation(*pair) for pair in zip(score, worth)])
-        together.append(rank_correlation(score.ravel(), worth.ravel()))
+        counted = run.scores["load"] > 0 if used else np.ones(worth.shape, dtype=bool)
+        by_layer.append([rank_correlation(s[c], w[c]) for s, w, c in zip(score, worth, counted)])
+        together.append(rank_correlation(score[counted], worth[counted]))
     values = np.array(by_layer)
     return Agreement(criterion, values, np.array(together), over_runs(mean_over_layers(values)))
 
@@ -110,9 +116,9 @@ def shared_criteria(runs: Sequence[Measured]) -> list[str]:
     return [name for name in runs[0].scores if all(name in run.scores for run in runs)]
 
 
-def agreements(runs: Sequence[Measured], zeroed: bool = False) -> dict[str, Agreement]:
-    """The agreement of every criterion that all runs have."""
-    return {name: agreement(runs, name, zeroed) for name in shared_criteria(runs)}
+def agreements(runs: Sequence[Measured], **options: bool) -> dict[str, Agreement]:
+    """The agreement of every criterion that all runs have. options: of `agreement`."""
+    return {name: agreement(runs, name, **options) for name in shared_criteria(runs)}
 
 
 def against_rivals(found: dict[str, Agreement]) -> dict[str, Contrast]:

@@ -236,6 +236,7 @@ def ranking_rows(group: Group) -> list[dict[str, Any]]:
             "95% high": c.high if c else math.nan,
             "p": c.p if c else math.nan,
             "with outputs zeroed": mean_of(group.agreements_zeroed[a.criterion]),
+            "experts with tokens": mean_of(group.agreements_used[a.criterion]),
             "all experts together": _mean(a.all_experts),
         }
         finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
@@ -264,15 +265,20 @@ def _ranking(group: Group) -> Section:
             verdict(c).removeprefix("ranks experts ").removeprefix("is ") if c else "",
             *(signed(_mean(a.by_layer[:, layer])) for layer in shown),
             signed(numbers["with outputs zeroed"]),
+            signed(numbers["experts with tokens"]) if group.unused else "",
             signed(numbers["all experts together"]),
         ])  # fmt: skip
     columns = ["criterion", "mean rank correlation", "95% interval", "p", "verdict"]
-    columns += [f"L{blocks[layer]}" for layer in shown] + ["with outputs zeroed", "all experts together"]
+    columns += [f"L{blocks[layer]}" for layer in shown] + [
+        "with outputs zeroed",
+        "experts with tokens",
+        "all experts together",
+    ]
     about = (
         "Rank correlation of each criterion with worth, mean over runs. 1: the criterion ranks the experts of a layer "
         "as their worth does; 0: it knows nothing of worth. L: in that layer alone. With outputs zeroed: worth is the "
-        "rise when the expert's output is set to zero and its tokens stay. All experts together: the experts of all "
-        "layers are ranked together."
+        "rise when the expert's output is set to zero and its tokens stay. Experts with tokens: without those that had "
+        "none on the validation batches. All experts together: the experts of all layers are ranked together."
     )
     if len(shown) < len(blocks):
         about += f" {len(shown)} of the {len(blocks)} layers are shown."

@@ -70,6 +70,16 @@ class Group:
         return agreements(self.measured, zeroed=True)
 
     @cached_property
+    def agreements_used(self) -> dict[str, Agreement]:
+        """Without the experts that had no token of the validation batches: any look at the load finds those."""
+        return agreements(self.measured, used=True)
+
+    @property
+    def unused(self) -> int:
+        """Number of experts, over all runs, that had no token."""
+        return sum(int((m.scores["load"] == 0).sum()) for m in self.measured)
+
+    @cached_property
     def rivals(self) -> dict[str, Contrast]:
         """phi_slow minus each rival."""
         return against_rivals(self.agreements)
@@ -106,18 +116,28 @@ class Group:
             found.append(_with_numbers(self.agreements[PRIMARY]))
         else:
             found.append("phi was not measured in training (step 2 was off).")
+        if self.unused and PRIMARY in self.agreements:
+            found.append(f"{self._without_unused}.")
         for name, c in self.rivals.items():
             found.append(f"{PRIMARY} against {name}: {_comparison(PRIMARY, name, c)}.")
         if self.added is not None:
             known = " and ".join(KNOWN)
             says = "is not tested" if not self.added.is_enough else "is not shown to add anything"
             if self.added.is_effect:
-                says = "adds to it" if self.added.mean > 0 else "adds to it, with the opposite sign"
+                # see added_to_router
+                says = "may add to it, or to what ranks lose of it" if self.added.mean > 0 else "has the opposite sign"
             found.append(f"Given {known}, {PRIMARY} {says}: {_numbers(self.added, 'partial rank correlation')}.")
         found += [_with_numbers(a) for name, a in self.agreements.items() if name != PRIMARY]
         if self.roc_area is not None:
             found.append(f"Rule {PRIMARY} < threshold: the area under its ROC curve is {_area(self.roc_area)}.")
         return found
+
+    @property
+    def _without_unused(self) -> str:
+        experts = sum(m.worth.size for m in self.measured)
+        of_used = self.agreements_used[PRIMARY]
+        numbers = "" if of_used.pooled is None else f" ({_numbers(of_used.pooled, 'rank correlation')})"
+        return f"Without the {self.unused} of {experts} experts that had no token, {of_used.sentence}{numbers}"
 
     @property
     def unreliable(self) -> list[str]:
@@ -163,7 +183,11 @@ def as_json(groups: list[Group], left_out: list[str], command: str, date: str) -
 
 
 def _group(g: Group) -> dict[str, Any]:
-    by_name = {"agreement": g.agreements, "agreement_zeroed": g.agreements_zeroed}
+    by_name = {
+        "agreement": g.agreements,
+        "agreement_zeroed": g.agreements_zeroed,
+        "agreement_used": g.agreements_used,
+    }
     return {
         "sentences": g.sentences,
         **{
