@@ -12,6 +12,7 @@ import numpy as np
 
 from auditing.agreement import (
     KNOWN,
+    QUARTER,
     Agreement,
     Proposal,
     added_to_router,
@@ -28,6 +29,7 @@ from auditing.healing import Healing
 from auditing.measure import RELIABLE, Measured
 from auditing.routing import Picture
 from auditing.subsets import Regret
+from chronomoe.lifecycle import REASONS
 from comparison.statistics import Contrast
 
 
@@ -130,6 +132,21 @@ class Group:
         found += [_with_numbers(a) for name, a in self.agreements.items() if name != PRIMARY]
         if self.roc_area is not None:
             found.append(f"Rule {PRIMARY} < threshold: the area under its ROC curve is {_area(self.roc_area)}.")
+        return found + self._on_proposals
+
+    @property
+    def _on_proposals(self) -> list[str]:
+        """For each rule of step 5, what the prunes that it proposed would cost."""
+        found = []
+        for reason in REASONS:
+            of_rule = [p for run in self.runs for p in run.proposals if p.reason == reason]
+            if of_rule:
+                few = sum(p.worth_less < max(1, (p.others + 1) // QUARTER) for p in of_rule)
+                still_open, costs = sum(p.is_open for p in of_rule), [p.worth for p in of_rule]
+                found.append(
+                    f"Prunes proposed for {reason.replace('_', ' ')}: {len(of_rule)}, open at the end: {still_open}. "
+                    f"Cost: {min(costs):.4f} to {max(costs):.4f} nats. In the lowest quarter of their layer: {few}."
+                )
         return found
 
     @property
