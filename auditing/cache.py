@@ -8,10 +8,23 @@ import os
 from pathlib import Path
 from typing import Any
 
+from auditing.interventions import SUMS
 from trainer.errors import UserError
 from trainer.files import atomic_write, open_regular, parse_json
 
 VERSION = 1  # of what is measured; another version is measured anew
+# keys of a line: what the file belongs to, the model, a batch, a set of masked experts, a pruned and a damaged twin
+KINDS = {
+    frozenset(keys)
+    for keys in (
+        ("identity",),
+        ("model",),
+        ("batch", "loss", "masked", "zeroed", *SUMS),
+        ("masks", "losses"),
+        ("heal", "steps", "losses"),
+        ("damage", "steps", "change", "largest"),
+    )
+}
 
 
 class Cache:
@@ -55,7 +68,7 @@ class Cache:
 
 
 def complete_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file up to the first line that is none; [] without a file."""
+    """The lines of a file up to the first that is none of KINDS; [] without a file."""
     if not os.path.lexists(path):
         return []
     found = []
@@ -65,7 +78,7 @@ def complete_lines(path: Path) -> list[dict[str, Any]]:
                 value = parse_json(line) if line.endswith(b"\n") else None
             except ValueError:
                 value = None
-            if not isinstance(value, dict):
+            if not isinstance(value, dict) or frozenset(value) not in KINDS:
                 break
             found.append(value)
     return found

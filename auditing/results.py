@@ -127,7 +127,11 @@ class Group:
             says = "is not tested" if not self.added.is_enough else "is not shown to add anything"
             if self.added.is_effect:
                 # see added_to_router
-                says = "may add to it, or to what ranks lose of it" if self.added.mean > 0 else "has the opposite sign"
+                says = (
+                    "agrees with worth beyond their ranks, which do not hold all that the router knows"
+                    if self.added.mean > 0
+                    else "has the opposite sign"
+                )
             found.append(f"Given {known}, {PRIMARY} {says}: {_numbers(self.added, 'partial rank correlation')}.")
         found += [_with_numbers(a) for name, a in self.agreements.items() if name != PRIMARY]
         if self.roc_area is not None:

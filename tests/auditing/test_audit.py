@@ -197,6 +197,7 @@ GARBAGE = {
     "half a line": lambda content: content[:-20],
     "no line": lambda content: b"",
     "garbage": lambda content: b"\x00\xff{" * 100,
+    "lines of another program": lambda content: content[: content.index(b"\n") + 1] + b'{"batch": 0}\n',
     "garbage in the middle": lambda content: content.replace(b'{"batch": 1', b'{{"batch": 1'),
     "another value": lambda content: b"[1, 2]\n" + content,
     "deep": lambda content: content.split(b"\n")[0] + b"\n" + b"[" * 100_000 + b"\n",
