@@ -36,6 +36,8 @@ try:
 except ModuleNotFoundError as e:
     sys.exit(f"error: auditing needs {e.name}: pip install -r requirements-compare.txt")
 
+PRINTED = 10  # open proposals
+
 
 @dataclass
 class Options:
@@ -98,7 +100,11 @@ def main(arguments: list[str]) -> int:
         report.log(out, groups, command, drawn)
     for group in groups:
         print("\n".join([f"arm {group.arm}:", *(f"- {sentence}" for sentence in group.sentences)]))
-        print("\n".join(f"- {p.run}: {p.sentence}" for run in group.runs for p in run.proposals if p.is_open))
+        proposals = [f"- {p.run}: {p.sentence}" for run in group.runs for p in run.proposals if p.is_open]
+        for proposal in proposals[:PRINTED]:
+            print(proposal)
+        if len(proposals) > PRINTED:
+            print(f"- and {len(proposals) - PRINTED} more open proposals, in the report")
     for reason in left_out:
         print(f"left out: {reason}")
     print(f"the report is {out / 'audit.html'}; its numbers are in {out / 'audit.json'}")
