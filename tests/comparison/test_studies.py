@@ -118,8 +118,8 @@ SLOW_SIGNALS = [pytest.param(number, marks=pytest.mark.slow) for number in (sign
 def test_stopped_study_saves_its_runs_and_the_same_command_continues_them(tmp_path, number, capsys):
     out, data = tmp_path / "study", write_dataset(tmp_path / "data", 11)
     command = [STUDY, *TINY, f"--dataset={data}", f"--out_dir={out}", "--seeds=1", "--arms=off,on", "--jobs=2"]
-    command += ["--max_iters=1000", "--eval_interval=500", "--log_interval=100"]
-    jobs = [Job(arm, 1, out / f"{arm}_seed1", [], 1000) for arm in ("off", "on")]
+    command += ["--max_iters=500", "--eval_interval=250", "--log_interval=100"]
+    jobs = [Job(arm, 1, out / f"{arm}_seed1", [], 500) for arm in ("off", "on")]
     logs = [job.out_dir / "metrics.jsonl" for job in jobs]
     with (tmp_path / "log").open("wb") as log:
         study = subprocess.Popen([sys.executable, "compare.py", *command], cwd=ROOT, stdout=log, stderr=log)
@@ -135,7 +135,7 @@ def test_stopped_study_saves_its_runs_and_the_same_command_continues_them(tmp_pa
     assert "failed" not in "".join(capsys.readouterr())
     for job in jobs:
         history = json.loads((job.out_dir / "config.json").read_text())["history"]
-        assert job.finished and len(history) == 2 and all(start["step"] < 1000 for start in history)
+        assert job.finished and len(history) == 2 and all(start["step"] < 500 for start in history)
 
 
 def test_run_that_another_process_writes_is_not_started(tmp_path):
