@@ -162,7 +162,8 @@ class Storm:
         """Kill the run so many times, then finish it, compare it and remove it."""
         until, attempt = self.tally.kills + kills, self.start(self.out)
         while self.tally.kills < until:
-            self.wait(attempt, 4 * self.seconds / KILLS_OF_A_RUN)
+            left = self.unfinished()
+            self.wait(attempt, left, 4 * self.seconds / KILLS_OF_A_RUN)
             children = attempt.children()
             if attempt.ended:
                 if not any(attempt.statuses()):  # it was finished before it could be killed
@@ -170,24 +171,29 @@ class Storm:
                 attempt = self.start(self.out)
                 continue
             process = self.draws.choice([*attempt.roots, *children])
-            self.tally.in_writes += any(self.out.rglob("*.tmp"))
+            in_write = not self.unfinished() <= left
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
                 self.tally.kills += 1
                 self.tally.of_children += process in children
+                self.tally.in_writes += in_write
             if process in attempt.roots:
                 child.wait_for(lambda a=attempt: a.ended, SECONDS)
                 if self.kind != "study":  # the runs of a killed study may still be ending while the next one starts
-                    child.wait_for(lambda left=children: not any(map(_exists, left)), SECONDS)
+                    child.wait_for(lambda running=children: not any(map(_exists, running)), SECONDS)
                 attempt = self.start(self.out)
         child.wait_for(lambda: attempt.ended, SECONDS)
         self.finish(self.out)
         self.compare()
 
-    def wait(self, attempt: Attempt, most: float) -> None:
-        """Wait until the next kill is due, or the attempt has ended."""
+    def unfinished(self) -> set[Path]:
+        """Files that are being written, or that a killed process has left."""
+        return set(self.out.rglob("*.tmp"))
+
+    def wait(self, attempt: Attempt, left: set[Path], most: float) -> None:
+        """Wait until the next kill is due, or the attempt has ended. left: files of killed processes."""
         if self.tally.kills % 3 == 2:
-            child.wait_for(lambda: attempt.ended or any(self.out.rglob("*.tmp")), SECONDS)
+            child.wait_for(lambda: attempt.ended or not self.unfinished() <= left, SECONDS)
             return
         before = self.signs(self.out)
         child.wait_for(lambda: attempt.ended or self.signs(self.out) > before, SECONDS)
