@@ -130,7 +130,7 @@ CLAIMS = {  # name: (pairs, effect of `on`, effect of `shuffled`, claim, lowest 
 }
 
 
-@pytest.mark.parametrize("studies", [300, slow(3000)])
+@pytest.mark.parametrize("studies", [100, slow(3000)])
 @pytest.mark.parametrize(("pairs", "on", "shuffled", "claim", "low", "high"), CLAIMS.values(), ids=CLAIMS)
 def test_share_of_simulated_studies_that_report(pairs, on, shuffled, claim, low, high, studies):
     share = np.mean([bool(re.search(claim, page)) for page in reports(studies, pairs, on, shuffled)])

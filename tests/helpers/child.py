@@ -21,7 +21,7 @@ def start(arguments: list[str], log: Path, until_step=None, file_limit: int | No
     to set.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.helpers.child", "train"])
+    context.set_forkserver_preload(["tests.helpers.child", "train", "torch._dynamo"])
     process = context.Process(target=_run, args=(arguments, str(log), file_limit, environment or {}))
     process.start()
     started.append(process)

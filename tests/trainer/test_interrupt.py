@@ -1,5 +1,6 @@
 """Signals, the end of the parent process, and the lock that keeps a second run out."""
 
+import errno
 import os
 import signal
 import socket
@@ -11,7 +12,7 @@ import pytest
 
 import train
 from tests.helpers import child, runs
-from trainer import interrupt
+from trainer import interrupt, lock
 from trainer.data import TokenData
 from trainer.interrupt import PARENT, SIGNALS, Interrupt, ParentWatch
 from trainer.runlog import RunLog
@@ -150,3 +151,13 @@ def test_a_second_run_in_the_folder_is_refused_while_the_first_is_alive(keys, tm
     assert child.run(keys(out, init_from="resume", eval_only=True, max_iters=100_000), other) == 0
     assert child.stop(first, signal.SIGKILL) == -signal.SIGKILL
     assert child.run(keys(out, init_from="resume", max_iters=runs.steps(out)[-1] + 5), other) == 0
+
+
+def test_a_file_system_without_locks_gets_one_line(start, monkeypatch, out, capsys):
+    def acquire(self, **options):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock.FileLock, "acquire", acquire)
+    assert start(out) == 0
+    line = f"{out} is on a file system without locks: a second process cannot be kept out"
+    assert capsys.readouterr().out.splitlines().count(line) == 1 and runs.checkpoint(out)["iter_num"] == runs.STEPS

@@ -51,20 +51,20 @@ def corpus():
     return open_dataset("stdlib", 128)
 
 
-STEPS, BATCH = 120, 8
+STEPS, BATCH = 80, 8
 
 
 @pytest.fixture(scope="module")
 def slice_run(tmp_path_factory):
     """The first steps of the vertical slice, at half its batch."""
-    changes = [f"--max_iters={STEPS}", "--log_interval=1", "--eval_interval=30", f"--batch_size={BATCH}"]
+    changes = [f"--max_iters={STEPS}", "--log_interval=1", "--eval_interval=20", f"--batch_size={BATCH}"]
     return Run("vertical_slice.py", tmp_path_factory.mktemp("slice"), *changes)
 
 
 @pytest.fixture(scope="module")
 def stress_run(tmp_path_factory):
-    """240 steps of config/bridge_stress.py at a quarter of its batch."""
-    changes = ["--max_iters=240", "--log_interval=2", "--eval_interval=40", "--batch_size=4"]
+    """120 steps of config/bridge_stress.py with four times its drift, at a quarter of its batch."""
+    changes = ["--max_iters=120", "--log_interval=2", "--eval_interval=30", "--batch_size=4", "--chrono_eta=0.4"]
     return Run("bridge_stress.py", tmp_path_factory.mktemp("stress"), *changes)
 
 
