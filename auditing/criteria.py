@@ -132,7 +132,7 @@ def trained_phi(model: GPT, loop: ChronoLoop) -> dict[str, Tensor]:
     """phi at the end of training by clock, [L, E]; empty if step 2 was off."""
     if not model.config.chrono.coherence:
         return {}
-    return {clock: loop.coherence.phi(clock).double().cpu() for clock in CLOCKS}
+    return {clock: loop.coherence.phi(clock).cpu().double() for clock in CLOCKS}
 
 
 @torch.no_grad()
@@ -141,7 +141,7 @@ def weight_statistics(model: GPT) -> tuple[Tensor, Tensor]:
     means, roots = [], []
     for block in model.config.moe_blocks:
         experts = moe_layer(model, block).experts
-        w = torch.cat([experts.c_fc.flatten(1), experts.c_proj.flatten(1)], dim=1).double()
+        w = torch.cat([experts.c_fc.flatten(1), experts.c_proj.flatten(1)], dim=1).cpu().double()
         means.append(w.abs().mean(1))
         roots.append(w.square().mean(1).sqrt())
     return torch.stack(means).cpu(), torch.stack(roots).cpu()

@@ -100,15 +100,15 @@ class Signals:
     def after_step(self, twin: Twin, result: StepResult) -> dict[str, Tensor]:
         """The signals after a step, [L, E] float64 on the CPU."""
         trace, loop = result.trace, twin.trained.loop
-        tokens = trace.required("kept_per_expert").double().cpu()
-        norms, gated_norms = torch.stack([self.norm[block] for block in self.norm], dim=1).double().cpu()
+        tokens = trace.required("kept_per_expert").cpu().double()
+        norms, gated_norms = torch.stack([self.norm[block] for block in self.norm], dim=1).cpu().double()
         self.norm = {}
         alone = coherence(trace.required("output"), trace.required("gated_output"), "leave_one_out")
         count, some = tokens.clamp_min(1), tokens > 0
-        raw = {"phi_leave_one_out": alone.double().cpu(), "norm": norms / count, "reap": gated_norms / count}
+        raw = {"phi_leave_one_out": alone.cpu().double(), "norm": norms / count, "reap": gated_norms / count}
         smooth = {"load": self._smoothed("load", tokens, torch.ones_like(some))}
         smooth |= {name: self._smoothed(name, value, some) for name, value in raw.items()}
-        return {f"phi_{clock}": loop.coherence.phi(clock).double().cpu() for clock in ("fast", "mid", "slow")} | smooth
+        return {f"phi_{clock}": loop.coherence.phi(clock).cpu().double() for clock in ("fast", "mid", "slow")} | smooth
 
     def _smoothed(self, name: str, value: Tensor, some: Tensor) -> Tensor:
         """The EMA of a signal, without the steps in which an expert had no tokens, corrected for its start at zero."""

@@ -178,14 +178,15 @@ class Batch:
 def _sums(layer: _Layer, grad: Tensor) -> LayerSums:
     """The sums of a layer, from dL/dg [N, K]."""
     routing, plan = layer.routing, layer.plan
-    kept, used = row_weights(kept_gates(routing.gates, plan), plan).double()  # [S] each
-    rows, experts = layer.rows.double(), plan.experts.long()
+    # on the CPU, because not every device has float64
+    kept, used = row_weights(kept_gates(routing.gates, plan), plan).cpu().double()  # [S] each
+    rows, experts = layer.rows.cpu().double(), plan.experts.cpu().long()
     norm = rows.norm(dim=-1)
 
     def per_expert(values: Tensor) -> Tensor:
         return values.new_zeros(len(plan.offsets), *values.shape[1:]).index_add(0, experts, values)
 
-    first_order = (routing.gates * grad).abs().double().t().reshape(-1)[plan.order]
+    first_order = (routing.gates * grad).abs().cpu().double().t().reshape(-1)[plan.order.cpu()]
     outputs = per_expert(rows * kept[:, None]), per_expert(rows * used[:, None])
     return LayerSums(
         tokens=per_expert(kept),

@@ -59,19 +59,24 @@ def choices(model: GPT, inputs: Tensor) -> Tensor:
 def picture(run: Run, trained: setup.Run, batches: int) -> Picture:
     """The picture of a run, on its first validation batches, and saturation at its earlier checkpoints."""
     model = trained.model
-    inputs = [trained.batches.validation(i)[0] for i in range(batches)]
-    chosen = torch.cat([choices(model, x) for x in inputs], dim=1)  # [L, N, K]
-    ids = torch.cat([x.flatten() for x in inputs])
-    experts, vocabulary = model.config.n_exp, model.config.vocab_size
-    uses = torch.zeros(*chosen.shape[:2], experts, device=chosen.device).scatter(-1, chosen, 1.0)  # [L, N, E]
-    of_expert = uses.sum(1)
-    together = torch.einsum("lni,lnj->lij", uses, uses)
-    by_id = uses.new_zeros(len(uses), vocabulary, experts).index_add(1, ids, uses)
-    counts = torch.bincount(ids, minlength=vocabulary)
-    saturation = {}
-    for step, earlier in earlier_models(run, trained):
-        before = torch.cat([choices(earlier, x) for x in inputs], dim=1)
-        saturation[step] = (before.unsqueeze(-1) == chosen.unsqueeze(-2)).any(-1).double().mean((1, 2)).tolist()
+    layers, experts, vocabulary = len(model.config.moe_blocks), model.config.n_exp, model.config.vocab_size
+    together = torch.zeros(layers, experts, experts, device=trained.device)
+    by_id = torch.zeros(layers, vocabulary, experts, device=trained.device)
+    counts = torch.zeros(vocabulary, dtype=torch.int64, device=trained.device)
+    earlier = earlier_models(run, trained)
+    shared: dict[int, list[Tensor]] = {step: [] for step, _ in earlier}  # of a batch, by step: [L]
+    for i in range(batches):
+        inputs, _ = trained.batches.validation(i)
+        chosen = choices(model, inputs)
+        uses = torch.zeros(*chosen.shape[:2], experts, device=trained.device).scatter(-1, chosen, 1.0)  # [L, N, E]
+        together += torch.einsum("lni,lnj->lij", uses, uses)
+        by_id.index_add_(1, inputs.flatten(), uses)
+        counts += torch.bincount(inputs.flatten(), minlength=vocabulary)
+        for step, before in earlier:
+            same = choices(before, inputs).unsqueeze(-1) == chosen.unsqueeze(-2)  # [L, N, K, K]
+            shared[step].append(same.any(-1).float().mean((1, 2)))
+    of_expert = by_id.sum(1)
+    saturation = {step: torch.stack(of_batches).mean(0).tolist() for step, of_batches in shared.items()}
     return Picture(
         model.config.moe_blocks,
         (together / of_expert.clamp_min(1).unsqueeze(-1)).cpu(),

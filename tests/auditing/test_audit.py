@@ -24,6 +24,7 @@ from comparison.runs import load_run
 from tests.comparison.studies import change_config
 from tests.helpers.runs import ALL_ON, ROOT, arguments, differing, error_of, val_losses, write_skewed_dataset
 from trainer import checkpoint
+from trainer.weights import build_model
 
 TINY = ALL_ON | dict(
     **dict(n_layer=3, n_head=2, n_embd=16, n_exp=4, block_size=16, batch_size=4, gradient_accumulation_steps=1),
@@ -532,3 +533,36 @@ def test_detections_are_those_computed_by_hand():
         assert found.detected == 0.5 and found.delay is None
         (found,) = detections(runs[:1])  # a run alone has its own threshold
         assert (found.cases, found.detected, found.delay) == (1, 1.0, 1.0)
+
+
+def test_the_picture_of_the_router_is_that_of_counting_tokens(one, monkeypatch):
+    monkeypatch.setattr(audit.routing, "LEAST_COUNT", 10)
+    run = load_run(one)
+    with measure.opened_to_measure(run, "cpu") as trained:
+        found = audit.routing.picture(run, trained, 2)
+        before = build_model(checkpoint.load(one / checkpoint.PREVIOUS), "").eval()
+        batches = [trained.batches.validation(i)[0] for i in range(2)]
+        now, then = (
+            [token for x in batches for token in zip(x.flatten().tolist(), *audit.routing.choices(model, x).tolist())]
+            for model in (trained.model, before)
+        )
+    for layer, block in enumerate(found.blocks):
+        sets = [(token[0], set(token[1 + layer])) for token in now]
+        for e in range(4):
+            mine = [chosen for _, chosen in sets if e in chosen]
+            assert found.share[layer, e] == pytest.approx(len(mine) / (2 * len(sets)))
+            for other in range(4):
+                expected = sum(other in chosen for chosen in mine) / max(1, len(mine))
+                assert found.coactivation[layer, e, other] == pytest.approx(expected)
+            shares = {}
+            for v in {v for v, _ in sets}:
+                of_id = [chosen for i, chosen in sets if i == v]
+                if len(of_id) >= audit.routing.LEAST_COUNT and any(e in chosen for chosen in of_id):
+                    shares[v] = sum(e in chosen for chosen in of_id) / len(of_id), len(of_id)
+            best = sorted((share for share, _ in shares.values()), reverse=True)[: audit.routing.SHOWN_TOKENS]
+            special = found.special[block, e]
+            assert [share for _, share, _ in special] == pytest.approx(best)
+            assert all(shares[v] == pytest.approx((share, count)) for v, share, count in special)
+        kept = [len(set(a[1 + layer]) & set(b[1 + layer])) / 2 for a, b in zip(now, then)]
+        assert found.saturation[6][layer] == pytest.approx(np.mean(kept)) and list(found.saturation) == [6]
+    assert 0 < found.saturation[6][0] < 1 and all(found.special.values())
