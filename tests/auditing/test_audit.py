@@ -565,4 +565,4 @@ def test_the_picture_of_the_router_is_that_of_counting_tokens(one, monkeypatch):
             assert all(shares[v] == pytest.approx((share, count)) for v, share, count in special)
         kept = [len(set(a[1 + layer]) & set(b[1 + layer])) / 2 for a, b in zip(now, then)]
         assert found.saturation[6][layer] == pytest.approx(np.mean(kept)) and list(found.saturation) == [6]
-    assert 0 < found.saturation[6][0] < 1 and all(found.special.values())
+    assert 0 < found.saturation[6][0] < 1 and any(found.special.values())
