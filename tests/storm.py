@@ -4,8 +4,8 @@
     python tests/storm.py --kills=500 --seed=2
     python tests/storm.py --kind=study
 
-Every third kill comes as soon as a file is being written, the others at random times. Runs that have survived 20 kills
-are finished and compared, and new ones are started. Exit status 1 if a run differs.
+Every third kill comes as soon as a checkpoint is being written, the others at random times. Runs that have survived 20
+kills are finished and compared, and new ones are started. Exit status 1 if a run differs.
 
 kinds: single      one process: it is killed
        ranks       two ranks: one of them is killed, and the other ends
@@ -27,7 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -87,7 +87,6 @@ class Tally:
     of_children: int = 0
     in_writes: int = 0
     compared: int = 0
-    differing: list[str] = field(default_factory=list)
 
 
 def start_ranks(count: int) -> Callable[[list[str], Path], Attempt]:
@@ -187,8 +186,8 @@ class Storm:
         self.compare()
 
     def unfinished(self) -> set[Path]:
-        """Files that are being written, or that a killed process has left."""
-        return set(self.out.rglob("*.tmp"))
+        """Checkpoints that are being written, or that a killed process has left."""
+        return set(self.out.rglob("ckpt.pt.*.tmp"))
 
     def wait(self, attempt: Attempt, left: set[Path], most: float) -> None:
         """Wait until the next kill is due, or the attempt has ended. left: files of killed processes."""
@@ -236,8 +235,9 @@ def main(arguments: list[str]) -> int:
                 storm.kill(min(KILLS_OF_A_RUN, options.kills - storm.tally.kills))
             t, seconds = storm.tally, time.monotonic() - began
             print(
-                f"{kind}: {t.kills} kills, {t.of_children} of them of a child process and {t.in_writes} during a "
-                f"write; {t.compared} runs are those that were not disturbed, bit for bit; {seconds:.0f} s",
+                f"{kind}: {t.kills} kills, {t.of_children} of them of a child process and {t.in_writes} while a "
+                f"checkpoint was being written; {t.compared} runs are those that were not disturbed, bit for bit; "
+                f"{seconds:.0f} s",
                 flush=True,
             )
     return 0
