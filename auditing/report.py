@@ -78,7 +78,7 @@ def write(out: Path, groups: list[Group], left_out: list[str], command: str, dat
         {
             **{name: png(figure) for figure, name in drawn.values()},
             "audit.html": as_html(arms, left_out, made(groups, command, date)),
-            "audit.json": json.dumps(as_json(groups, left_out, command, date), indent=1) + "\n",
+            "audit.json": json.dumps(as_json(groups, left_out, command, date), separators=(",", ":")) + "\n",
         },
     )
     return {title: out / name for title, (_, name) in drawn.items()}
@@ -130,7 +130,7 @@ def made(groups: list[Group], command: str, date: str) -> Table:
 def arm_of(group: Group, prefix: str = "") -> Arm:
     """prefix: of the titles of figures, which differ between arms."""
     sentences = list(group.sentences)
-    answer = next((s for s in sentences if s.startswith((f"{PRIMARY} ", "phi was not"))), sentences[0])
+    answer = next((s for s in sentences if s.startswith((f"{PRIMARY} ", "phi was not", "No verdict"))), sentences[0])
     sentences.remove(answer)
     of_others = [s for s in sentences if s.split()[0] in CRITERIA and not s.startswith(PRIMARY + " ")]
     sentences = [s for s in sentences if s not in of_others]

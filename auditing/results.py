@@ -30,7 +30,10 @@ from auditing.measure import RELIABLE, Measured
 from auditing.routing import Picture
 from auditing.subsets import Regret
 from chronomoe.lifecycle import REASONS
-from comparison.statistics import Contrast
+from comparison.statistics import MIN_PAIRS, Contrast
+
+UNMEASURED = "phi was not measured in training (step 2 was off)."
+EVERY = 10  # steps between the changes after a damage that audit.json holds
 
 
 @dataclass(frozen=True)
@@ -113,11 +116,13 @@ class Group:
     @property
     def sentences(self) -> list[str]:
         """The answers in words, the primary question first."""
+        if len(self.runs) < MIN_PAIRS:
+            return [*self.unreliable, self._without_verdicts, *self._on_proposals]
         found = self.unreliable
         if PRIMARY in self.agreements:
             found.append(_with_numbers(self.agreements[PRIMARY]))
         else:
-            found.append("phi was not measured in training (step 2 was off).")
+            found.append(UNMEASURED)
         if self.unused and PRIMARY in self.agreements:
             found.append(f"{self._without_unused}.")
         for name, c in self.rivals.items():
@@ -137,6 +142,18 @@ class Group:
         if self.roc_area is not None:
             found.append(f"Rule {PRIMARY} < threshold: the area under its ROC curve is {_area(self.roc_area)}.")
         return found + self._on_proposals
+
+    @property
+    def _without_verdicts(self) -> str:
+        """The correlations, for fewer runs than a verdict needs."""
+        means = {name: a.per_run[~np.isnan(a.per_run)] for name, a in self.agreements.items()}
+        ordered = sorted(((m.mean(), name) for name, m in means.items() if len(m)), reverse=True)
+        listed = ", ".join(f"{name} {mean:+.2f}" for mean, name in ordered) or "none is defined"
+        runs = "1 run" if len(self.runs) == 1 else f"{len(self.runs)} runs"
+        missing = "" if PRIMARY in self.agreements else f" {UNMEASURED}"
+        return (
+            f"No verdict, because it needs {MIN_PAIRS} runs. Rank correlations with worth in {runs}: {listed}.{missing}"
+        )
 
     @property
     def _on_proposals(self) -> list[str]:
@@ -247,6 +264,12 @@ def _run(run: AuditedRun) -> dict[str, Any]:
         "proposals": plain(run.proposals),
         "regrets": [plain(r) | {"beaten": r.beaten} for r in run.regrets],
         "healing": plain(run.healing),
+        "damage": [
+            {"damage": m.damage, "layer": m.layer, "expert": m.expert}
+            | {"change": {name: plain(change[EVERY - 1 :: EVERY]) for name, change in m.change.items()}}
+            for m in run.moved
+            if m.damage
+        ],
         "coactivation": plain(run.picture.coactivation.numpy()),
         "share": plain(run.picture.share.numpy()),
         "saturation": plain(run.picture.saturation),

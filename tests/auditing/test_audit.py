@@ -314,7 +314,7 @@ def test_unusual_runs_are_audited(folder, tmp_path, changes, monkeypatch):
     (arm,) = audited(out, *FEW, "--heal=1", *["--damage=1"] * has_phi)["arms"].values()
     (run,) = arm["runs"].values()
     assert ("phi_slow" in run["scores"]) == has_phi and run["regrets"] and run["healing"]
-    assert ("phi was not measured in training (step 2 was off)." in arm["sentences"]) != has_phi
+    assert ("phi was not measured in training (step 2 was off)." in "".join(arm["sentences"])) != has_phi
 
 
 def test_changed_data_are_one_line(one, tmp_path, folder):
