@@ -64,6 +64,8 @@ def main(arguments: list[str]) -> int:
         return 0
     line = cli.parse(cli.joined(arguments, known), known, positional=True)
     options, folders = Options(**line.options), [Path(a) for a in line.arguments]
+    if line.options.get("max_batches", options.batches) < options.batches:
+        raise UserError(f"--max_batches={options.max_batches} must be at least --batches={options.batches}")
     if not folders:
         raise UserError("give the folder of a run, as in python audit.py out/vertical_slice")
     for folder in folders:
@@ -83,9 +85,9 @@ def main(arguments: list[str]) -> int:
                     print(f"auditing {run.name}", flush=True)
                     try:
                         found.append(audit(run, options))
+                    except damage.NotMeasured:
+                        raise
                     except UserError as e:
-                        if options.damage and "--damage" in str(e):
-                            raise
                         left_out.append(str(e))
                 if found:
                     groups.append(Group(arm, found))
@@ -122,9 +124,9 @@ def audit(run: Run, o: Options) -> AuditedRun:
             cache = measure.cache_of(run, trained)
             measured = measure.measure(run, trained, cache, o.batches, max(o.batches, o.max_batches))
             picture = routing.picture(run, trained, o.batches)
-            regrets = []
+            masked_sets = []
             if o.subset_batches:
-                regrets = subsets.regrets(measured, subsets.Rises(trained, cache, o.subset_batches))
+                masked_sets = subsets.masked_sets(measured, subsets.Rises(trained, cache, o.subset_batches))
         if o.heal or o.damage:
             # hooks are not a part of compiled or fused graphs
             with measure.opened(run, "--compile=False", "--fuse=False", device=o.device) as trained:
@@ -133,7 +135,7 @@ def audit(run: Run, o: Options) -> AuditedRun:
                     healed = healing.heal(measured, twin, cache, o.heal, o.prune)
                 if o.damage:
                     moved = damage.assay(run.name, run.seed, twin, cache, o.damage)
-    return AuditedRun(measured, picture, regrets, healed, moved)
+    return AuditedRun(measured, picture, masked_sets, healed, moved)
 
 
 if __name__ == "__main__":

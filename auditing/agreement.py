@@ -149,11 +149,9 @@ def added_to_router(runs: Sequence[Measured]) -> Contrast | None:
 
 
 def is_cheap(worth: np.ndarray) -> np.ndarray:
-    """Which experts are in the lowest quarter of worth in their layer, at least one: [L, E] bool."""
-    count = max(1, worth.shape[-1] // QUARTER)
-    cheap = np.zeros(worth.shape, dtype=bool)
-    np.put_along_axis(cheap, np.argsort(worth, axis=-1, kind="stable")[:, :count], True, axis=-1)
-    return cheap
+    """Which experts are in the lowest quarter of worth in their layer, with all that tie: [L, E] bool."""
+    worth_less = (worth[:, None, :] < worth[:, :, None]).sum(-1)
+    return worth_less < max(1, worth.shape[-1] // QUARTER)
 
 
 def area_under_roc(score: np.ndarray, positive: np.ndarray) -> float:
@@ -165,9 +163,14 @@ def area_under_roc(score: np.ndarray, positive: np.ndarray) -> float:
 
 
 def roc(runs: Sequence[Measured], criterion: str = PRIMARY) -> list[dict[str, float]]:
-    """Share of the cheap experts and of the others that a rule `criterion < threshold` proposes, by threshold."""
+    """Share of the cheap experts and of the others that a rule `criterion < threshold` proposes, by threshold.
+
+    Empty if all experts are worth the same.
+    """
     score = np.concatenate([run.scores[criterion].ravel() for run in runs])
     cheap = np.concatenate([is_cheap(run.worth).ravel() for run in runs])
+    if cheap.all():
+        return []
     points = []
     for threshold in [*np.unique(score), math.inf]:
         proposed = score < threshold
@@ -180,7 +183,7 @@ def roc(runs: Sequence[Measured], criterion: str = PRIMARY) -> list[dict[str, fl
 
 
 def roc_area(runs: Sequence[Measured], criterion: str = PRIMARY) -> Contrast | None:
-    """The area under the ROC curve of each run, minus 1/2, over runs."""
+    """The area under the ROC curve of each run, minus 1/2, over runs. The rule has one threshold for all layers."""
     areas = [area_under_roc(run.scores[criterion].ravel(), is_cheap(run.worth).ravel()) for run in runs]
     return over_runs(np.array(areas) - 0.5)
 
@@ -198,6 +201,7 @@ class Proposal:
     error: float  # its standard error
     worth_less: int  # number of other experts of the layer that are worth less
     others: int  # number of other experts of the layer
+    is_cheap: bool  # in the lowest quarter of worth in its layer
 
     @property
     def sentence(self) -> str:
@@ -212,7 +216,7 @@ class Proposal:
 def proposals(run: Measured) -> list[Proposal]:
     """The proposed prunes of a run, open or withdrawn. Lines on experts that the run does not have are left out."""
     last = {(d["expert_id"], d["reason"]): d for d in run.run.decisions}
-    found = []
+    found, cheap = [], is_cheap(run.worth)
     for (expert_id, reason), decision in last.items():
         match = re.fullmatch(r"L(\d{1,9})_E(\d{1,9})", expert_id)
         if match is None or int(match[1]) not in run.blocks or int(match[2]) >= run.worth.shape[1]:
@@ -220,6 +224,6 @@ def proposals(run: Measured) -> list[Proposal]:
         layer, expert = run.blocks.index(int(match[1])), int(match[2])
         worth, error = run.worth[layer], float(run.error[layer, expert])
         less, is_open = int((worth < worth[expert]).sum()), decision["action"] == "open"
-        numbers = float(worth[expert]), error, less, len(worth) - 1
+        numbers = float(worth[expert]), error, less, len(worth) - 1, bool(cheap[layer, expert])
         found.append(Proposal(run.run.name, expert_id, reason, decision["step"], is_open, *numbers))
     return found

@@ -144,4 +144,4 @@ def weight_statistics(model: GPT) -> tuple[Tensor, Tensor]:
         w = torch.cat([experts.c_fc.flatten(1), experts.c_proj.flatten(1)], dim=1).cpu().double()
         means.append(w.abs().mean(1))
         roots.append(w.square().mean(1).sqrt())
-    return torch.stack(means).cpu(), torch.stack(roots).cpu()
+    return torch.stack(means), torch.stack(roots)

@@ -55,7 +55,12 @@ DAMAGES: dict[str, Damage] = {
     "frozen": lambda w, _: w.clone(),
     "scaled x3": lambda w, _: 3 * w,
 }
+WEIGHTS = ("c_fc", "fc_bias", "c_proj", "proj_bias")  # of MLPExperts
 OUTPUT_ONLY = ("scaled x3",)  # damages that change the last weights only, so that the output is scaled
+
+
+class NotMeasured(UserError):
+    """A run without step 2, whose signals do not exist."""
 
 
 @dataclass(frozen=True)
@@ -122,11 +127,11 @@ class Signals:
 def assay(name: str, seed: int, twin: Twin, cache: Cache, steps: int) -> list[Moved]:
     """Train the undamaged twin and, for each damage, one twin per layer with a damaged expert, chosen by the seed.
 
-    name: of the run. Raises UserError if step 2 was off, Stopped after a signal.
+    name: of the run. Raises NotMeasured if step 2 was off, Stopped after a signal.
     """
     model = twin.trained.model
     if not model.config.chrono.coherence:
-        raise UserError(f"{name}: --damage needs a run with chrono_coherence=True")
+        raise NotMeasured(f"{name}: --damage needs a run with chrono_coherence=True")
     rng = np.random.default_rng(stream_seed(seed, DAMAGE))
     experts = [int(rng.integers(model.config.n_exp)) for _ in model.config.moe_blocks]
     cases = [("", 0, 0)] + [(damage, *target) for damage in DAMAGES for target in enumerate(experts)]
@@ -169,13 +174,13 @@ def _damaged(model: GPT, damage: str, layer: int, expert: int, seed: int) -> lis
     """The weights of the damaged expert: (parameter of all experts, value of this expert)."""
     experts = moe_layer(model, model.config.moe_blocks[layer]).experts
     generator = torch.Generator().manual_seed(stream_seed(seed, DAMAGE, layer))
-    names = ("c_proj", "proj_bias") if damage in OUTPUT_ONLY else ("c_fc", "fc_bias", "c_proj", "proj_bias")
+    changed = WEIGHTS[2:] if damage in OUTPUT_ONLY else WEIGHTS
     held = []
-    for name in ("c_fc", "fc_bias", "c_proj", "proj_bias"):
+    for name in WEIGHTS:
         parameter = getattr(experts, name)
         if parameter is not None:
             w = parameter.detach()[expert]
-            held.append((parameter, DAMAGES[damage](w, generator) if name in names else w.clone()))
+            held.append((parameter, DAMAGES[damage](w, generator) if name in changed else w.clone()))
     return held
 
 

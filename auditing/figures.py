@@ -16,7 +16,7 @@ from auditing.agreement import Agreement
 from auditing.damage import DAMAGES, SIGNALS, Detection, Moved
 from auditing.measure import Measured
 from auditing.routing import Picture
-from auditing.subsets import EVERY, Regret
+from auditing.subsets import EVERY, MaskedSets
 from comparison.figures import cells, chart, layer_scale, step_axis, thinned, unit_of
 
 MAX_POINTS = 8_000  # of the scatter plots together
@@ -24,7 +24,7 @@ MAX_CELLS = 10_000  # of the co-activation together
 MAX_LAYERS = 5  # with a panel of their own
 MAX_THRESHOLDS = 200  # of the ROC curve
 ACCENT = "#2f7fc1"
-COLOURS = {  # of the choices in the curves of regret
+COLOURS = {  # of the choices in the curves of rises
     "phi_slow": "#2f7fc1",
     "load": "#c9650b",
     "reap": "#2f8f43",
@@ -165,16 +165,16 @@ def worth(run: Measured) -> alt.LayerChart:
     return cells(rows, alt.Scale(scheme="viridis"), tooltip).properties(title=title)
 
 
-def places(regrets: list[Regret]) -> list[str]:
+def places(masked_sets: list[MaskedSets]) -> list[str]:
     """The places that get a panel: every layer, and some of the layers."""
-    found = list(dict.fromkeys(r.place for r in regrets))
+    found = list(dict.fromkeys(r.place for r in masked_sets))
     layers = spaced([place for place in found if place != EVERY], MAX_LAYERS)
     return [*layers, *(place for place in found if place == EVERY)]
 
 
-def regret(runs: list[list[Regret]]) -> list[alt.LayerChart]:
+def masked_sets(runs: list[list[MaskedSets]]) -> list[alt.LayerChart]:
     """The rise of the loss against the number of masked experts: a panel per place, means over runs."""
-    every = [r for regrets in runs for r in regrets]
+    every = [r for sets in runs for r in sets]
     chosen = [name for name in COLOURS if name in every[0].criteria or name == "best choice"]
     scale = alt.Scale(domain=chosen, range=[COLOURS[name] for name in chosen])
     panels = []

@@ -138,7 +138,7 @@ def arm_of(group: Group, prefix: str = "") -> Arm:
         _measured(group),
         _ranking(group),
         _worth(group),
-        _regret(group),
+        _masked_sets(group),
         _proposals(group),
         _healing(group),
         _damage(group),
@@ -325,11 +325,11 @@ def _worth(group: Group) -> Section:
     )
 
 
-def _regret(group: Group) -> Section | None:
-    found = [run.regrets for run in group.runs if run.regrets]
+def _masked_sets(group: Group) -> Section | None:
+    found = [run.masked_sets for run in group.runs if run.masked_sets]
     if not found:
         return None
-    every = [r for regrets in found for r in regrets]
+    every = [r for sets in found for r in sets]
     sizes = sorted({r.size for r in every})
     exact = sorted(
         {r.size for r in every if r.is_exact} - {r.size for r in every if not r.is_exact and r.place != EVERY}
@@ -364,7 +364,7 @@ def _regret(group: Group) -> Section | None:
     return Section(
         "Several experts at once",
         [
-            Figure("Regret", caption, figures.regret(found), 2),
+            Figure("Rise of the loss", caption, figures.masked_sets(found), 2),
             "The share of random choices of as many experts that raise the loss more than the criterion's choice, mean "
             f"over layers and runs. 1: better than all; 0.5: chance. In every layer, and where a layer has too many "
             f"choices to measure all, there are {DRAWN} random choices.",

@@ -12,7 +12,6 @@ import numpy as np
 
 from auditing.agreement import (
     KNOWN,
-    QUARTER,
     Agreement,
     Proposal,
     added_to_router,
@@ -28,7 +27,7 @@ from auditing.damage import Detection, Moved, detections
 from auditing.healing import Healing
 from auditing.measure import RELIABLE, Measured
 from auditing.routing import Picture
-from auditing.subsets import Regret
+from auditing.subsets import MaskedSets
 from chronomoe.lifecycle import REASONS
 from comparison.statistics import MIN_PAIRS, Contrast
 
@@ -42,7 +41,7 @@ class AuditedRun:
 
     measured: Measured
     picture: Picture
-    regrets: list[Regret]  # empty without a subset search
+    masked_sets: list[MaskedSets]  # empty without a subset search
     healing: list[Healing]  # empty without --heal
     moved: list[Moved]  # empty without --damage
 
@@ -162,7 +161,7 @@ class Group:
         for reason in REASONS:
             of_rule = [p for run in self.runs for p in run.proposals if p.reason == reason]
             if of_rule:
-                few = sum(p.worth_less < max(1, (p.others + 1) // QUARTER) for p in of_rule)
+                few = sum(p.is_cheap for p in of_rule)
                 still_open, costs = sum(p.is_open for p in of_rule), [p.worth for p in of_rule]
                 found.append(
                     f"Prunes proposed for {reason.replace('_', ' ')}: {len(of_rule)}, open at the end: {still_open}. "
@@ -262,13 +261,13 @@ def _run(run: AuditedRun) -> dict[str, Any]:
         "reliability": plain(m.reliability),
         "scores": plain(m.scores),
         "proposals": plain(run.proposals),
-        "regrets": [plain(r) | {"beaten": r.beaten} for r in run.regrets],
+        "masked_sets": [plain(r) | {"beaten": r.beaten} for r in run.masked_sets],
         "healing": plain(run.healing),
         "damage": [
-            {"damage": m.damage, "layer": m.layer, "expert": m.expert}
-            | {"change": {name: plain(change[EVERY - 1 :: EVERY]) for name, change in m.change.items()}}
-            for m in run.moved
-            if m.damage
+            {"damage": case.damage, "layer": case.layer, "expert": case.expert}
+            | {"change": {name: plain(change[EVERY - 1 :: EVERY]) for name, change in case.change.items()}}
+            for case in run.moved
+            if case.damage
         ],
         "coactivation": plain(run.picture.coactivation.numpy()),
         "share": plain(run.picture.share.numpy()),

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -111,7 +110,7 @@ def earlier_models(run: Run, trained: setup.Run) -> list[tuple[int, GPT]]:
         if path.name == checkpoint.NAME:
             continue
         with contextlib.suppress(UserError, FileNotFoundError, checkpoint.Damaged):
-            saved: dict[str, Any] = checkpoint.load(Path(path))
+            saved: dict[str, Any] = checkpoint.load(path)
             if saved["iter_num"] < trained.progress.step and saved["iter_num"] not in found:
                 model = build_model(saved, str(path)).to(trained.device).eval()
                 if model.config.n_exp == trained.model.config.n_exp:

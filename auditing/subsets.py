@@ -5,8 +5,8 @@ measured: the best choice is exact and the random distribution complete. Otherwi
 expert more at a time) or that of a criterion, whichever is better, and DRAWN random subsets are measured. In every
 layer at once, the best choice is the union of the layers' best or the best of a criterion: an approximation.
 
-Each subset costs one forward from its layer on, so the search takes up to L * (3 * EXHAUSTIVE) + 3 * (DRAWN + number of
-criteria + 1) forwards per batch.
+Each subset costs one forward from its layer on. With up to 128 experts that is at most 3 * EXHAUSTIVE forwards per
+layer and batch; with more, the greedy search alone takes four times their number.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ EVERY = "every layer"
 
 
 @dataclass(frozen=True)
-class Regret:
+class MaskedSets:
     """Rises of the loss, nats per token, when `size` experts are masked in one layer or in each."""
 
     place: str  # "L0", or EVERY
@@ -82,11 +82,11 @@ def lowest(score: np.ndarray, size: int) -> tuple[int, ...]:
     return tuple(sorted(np.argsort(score, kind="stable")[:size].tolist()))
 
 
-def regrets(measured: Measured, rises: Rises) -> list[Regret]:
-    """The regret of every criterion in each layer and in every layer at once, for each of SIZES that leaves top_k."""
+def masked_sets(measured: Measured, rises: Rises) -> list[MaskedSets]:
+    """The rise by every criterion in each layer and in every layer at once, for each of SIZES that leaves top_k."""
     num_experts = measured.worth.shape[1]
     sizes = [size for size in SIZES if num_experts - size >= measured.top_k]
-    found: list[Regret] = []
+    found: list[MaskedSets] = []
     best_of: dict[tuple[int, int], tuple[int, ...]] = {}
     for layer, block in enumerate(measured.blocks):
         for size in sizes:
@@ -102,7 +102,7 @@ def regrets(measured: Measured, rises: Rises) -> list[Regret]:
             best_of[block, size] = min(of, key=lambda subset: of[subset])
             criteria = {name: of[subset] for name, subset in chosen.items()}
             found.append(
-                Regret(f"L{block}", size, criteria, min(of.values()), is_exact, [of[subset] for subset in drawn])
+                MaskedSets(f"L{block}", size, criteria, min(of.values()), is_exact, [of[subset] for subset in drawn])
             )
     if len(measured.blocks) > 1:
         for size in sizes:
@@ -112,7 +112,7 @@ def regrets(measured: Measured, rises: Rises) -> list[Regret]:
 
 def _in_every_layer(
     measured: Measured, size: int, rises: Rises, best_of: dict[tuple[int, int], tuple[int, ...]]
-) -> Regret:
+) -> MaskedSets:
     blocks, num_experts = measured.blocks, measured.worth.shape[1]
     criteria = {
         name: rises({block: lowest(score[layer], size) for layer, block in enumerate(blocks)})
@@ -121,7 +121,7 @@ def _in_every_layer(
     of_layer = [_drawn(num_experts, size, (measured.run.seed, layer, size, 1)) for layer in range(len(blocks))]
     random = [rises(dict(zip(blocks, subsets))) for subsets in zip(*of_layer)]
     union = rises({block: best_of[block, size] for block in blocks})
-    return Regret(EVERY, size, criteria, min(union, *criteria.values(), *random), False, random)
+    return MaskedSets(EVERY, size, criteria, min(union, *criteria.values(), *random), False, random)
 
 
 def _drawn(num_experts: int, size: int, seed: tuple[int, ...]) -> list[tuple[int, ...]]:

@@ -100,7 +100,7 @@ def test_a_quarter_of_each_layer_is_cheap_but_at_least_one(experts, cheap):
     assert found.sum(-1).tolist() == [cheap] * 3
     for layer, row in zip(worth, found):
         assert layer[row].max() <= layer[~row].min()
-    assert is_cheap(np.zeros((2, experts))).sum(-1).tolist() == [cheap] * 2
+    assert is_cheap(np.zeros((2, experts))).all()  # all tie
 
 
 def test_reliability_is_the_share_of_the_variance_that_is_not_error():

@@ -109,10 +109,10 @@ def test_an_audit_changes_nothing_in_the_folder_of_a_run_but_its_own(study, tmp_
     again = audited(study, *everything)
     assert again == numbers and cache_lines(study / "on1") == first  # nothing is measured twice
     for run in arm["runs"].values():
-        assert {r["place"] for r in run["regrets"]} == {"L0", "L2", "every layer"}
+        assert {r["place"] for r in run["masked_sets"]} == {"L0", "L2", "every layer"}
         assert {h["criterion"] for h in run["healing"]} == run["scores"].keys()
         for place in ("L0", "L2"):
-            (single,) = (r for r in run["regrets"] if (r["place"], r["size"]) == (place, 1))
+            (single,) = (r for r in run["masked_sets"] if (r["place"], r["size"]) == (place, 1))
             assert single["is_exact"] and single["best"] == pytest.approx(min(single["random"]))
     assert len(arm["detections"]) == len(damage.DAMAGES) * len(damage.SIGNALS)
 
@@ -313,7 +313,7 @@ def test_unusual_runs_are_audited(folder, tmp_path, changes, monkeypatch):
     has_phi = changes.get("chrono_coherence", True)
     (arm,) = audited(out, *FEW, "--heal=1", *["--damage=1"] * has_phi)["arms"].values()
     (run,) = arm["runs"].values()
-    assert ("phi_slow" in run["scores"]) == has_phi and run["regrets"] and run["healing"]
+    assert ("phi_slow" in run["scores"]) == has_phi and run["masked_sets"] and run["healing"]
     assert ("phi was not measured in training (step 2 was off)." in "".join(arm["sentences"])) != has_phi
 
 

@@ -12,7 +12,7 @@ from auditing.cache import Cache
 from auditing.criteria import CRITERIA, scores
 from auditing.interventions import SUMS, Batch, masked
 from auditing.measure import Measured, observed, of_model
-from auditing.subsets import Rises, lowest, regrets
+from auditing.subsets import Rises, lowest, masked_sets
 from chronomoe import ChronoConfig
 from tests.helpers import reference
 from tests.helpers.models import build, chrono, tokens
@@ -313,7 +313,7 @@ def test_a_vital_expert_comes_out_on_top_and_subsets_find_two_that_replace_each_
         batches=types.SimpleNamespace(validation=lambda i: batches[i]),
         interrupt=types.SimpleNamespace(received=0),
     )
-    by_size = {r.size: r for r in regrets(measured, Rises(trained, Cache(tmp_path / "audit" / "c", {}), 2))}
+    by_size = {r.size: r for r in masked_sets(measured, Rises(trained, Cache(tmp_path / "audit" / "c", {}), 2))}
     assert by_size.keys() == ({1, 2, 4} if top_k == 1 else {1, 2})
     assert by_size[1].best == pytest.approx(0, abs=1e-3) and by_size[1].is_exact
     pair = by_size[2]

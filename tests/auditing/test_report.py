@@ -16,7 +16,7 @@ from auditing.healing import Healing
 from auditing.measure import Measured
 from auditing.results import AuditedRun, Group
 from auditing.routing import Picture
-from auditing.subsets import EVERY, Regret
+from auditing.subsets import EVERY, MaskedSets
 from tests.comparison.studies import make_run
 from trainer.errors import UserError
 
@@ -41,8 +41,8 @@ def make_audited(seed, layers=2, experts=8, criteria=SOME, steps=5, name=None, d
     scores = {c: worth + rng.normal(0, 0.03, worth.shape) for c in criteria}
     measured = Measured(run, blocks, 2, np.full(4, 2.0), masked, masked * 1.1, scores)
     places = [*(f"L{block}" for block in blocks), EVERY]
-    regrets = [
-        Regret(place, size, {c: rng.random() for c in criteria}, 0.0, place != EVERY, rng.random(8).tolist())
+    masked_sets = [
+        MaskedSets(place, size, {c: rng.random() for c in criteria}, 0.0, place != EVERY, rng.random(8).tolist())
         for place in places
         for size in (1, 2, 4)
     ]
@@ -61,7 +61,7 @@ def make_audited(seed, layers=2, experts=8, criteria=SOME, steps=5, name=None, d
         for damage in ("", *DAMAGES)
         for layer in range(layers if damage else 1)
     ]
-    return AuditedRun(measured, picture, regrets, healing, moved)
+    return AuditedRun(measured, picture, masked_sets, healing, moved)
 
 
 def page_of(*groups, left_out=(), command="python audit.py out"):
@@ -97,7 +97,9 @@ def test_page_holds_its_sections_and_the_folder_its_figures(tmp_path, monkeypatc
     }
 
 
-@pytest.mark.parametrize("panel", ["correlations", "scatter", "worth", "regret", "roc", "detected", "trajectories"])
+@pytest.mark.parametrize(
+    "panel", ["correlations", "scatter", "worth", "masked_sets", "roc", "detected", "trajectories"]
+)
 def test_figures_are_drawn_as_png(panel):
     group = Group("on", [make_audited(seed, experts=4) for seed in range(2)])
     found, moved = report.ranked(group)[:2], group.runs[0].moved
@@ -105,7 +107,7 @@ def test_figures_are_drawn_as_png(panel):
         "correlations": lambda: [figures.correlations(found, [0, 1])],
         "scatter": lambda: figures.scatter(group.measured, found),
         "worth": lambda: [figures.worth(group.measured[0])],
-        "regret": lambda: figures.regret([run.regrets for run in group.runs])[:1],
+        "masked_sets": lambda: figures.masked_sets([run.masked_sets for run in group.runs])[:1],
         "roc": lambda: [figures.roc(group.roc)],
         "detected": lambda: [figures.detected(group.detections)],
         "trajectories": lambda: figures.trajectories(moved)[:1],
@@ -120,7 +122,7 @@ def figures_of(panels):
 def test_names_are_text_whatever_they_hold():
     name = "</script><b id=injected>{{ 1 }}\udcff"
     runs = [make_audited(seed, 1, 4, name=f"{name}{seed}") for seed in range(2)]
-    bare = [dataclasses.replace(run, regrets=[], moved=[]) for run in runs]
+    bare = [dataclasses.replace(run, masked_sets=[], moved=[]) for run in runs]
     page = page_of(Group("on", runs), Group("off", bare), left_out=[name], command=name)
     page.encode(errors="backslashreplace")
     assert "<b id" not in page and page.count("</script>") == 2 and "&lt;b id=injected&gt;{{ 1 }}" in page
@@ -141,7 +143,7 @@ def test_page_without_phi_searches_healing_and_damage():
         if name not in ("phi_slow", "phi_mid", "phi_fast", "man", "ean", "aimer", "first_order")
     ]
     bare = [
-        dataclasses.replace(make_audited(seed, criteria=criteria, decisions=()), regrets=[], healing=[], moved=[])
+        dataclasses.replace(make_audited(seed, criteria=criteria, decisions=()), masked_sets=[], healing=[], moved=[])
         for seed in range(6)
     ]
     body = body_of(page_of(Group("on", bare)))
@@ -168,12 +170,14 @@ def test_a_constant_criterion_has_no_correlation():
 def test_wandb_gets_answers_ranking_and_figures(tmp_path):
     tables = SimpleNamespace(Table=lambda columns, data: (columns, data), Image=str)
     group = Group("on", [make_audited(seed, 1, 4) for seed in range(6)])
-    content = report._content(tables, [group], {"Regret": tmp_path / "regret.png"})
+    content = report._content(tables, [group], {"Rise of the loss": tmp_path / "rise.png"})
     columns, rows = content["ranking"]
     assert {row[columns.index("criterion")] for row in rows} == set(SOME) and {len(row) for row in rows} == {
         len(columns)
     }
-    assert content["sentences"][1][0] == ["on", group.sentences[0]] and content["figures/Regret"].endswith(".png")
+    assert content["sentences"][1][0] == ["on", group.sentences[0]] and content["figures/Rise of the loss"].endswith(
+        ".png"
+    )
 
 
 def test_folder_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
