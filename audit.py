@@ -115,11 +115,9 @@ def main(arguments: list[str]) -> int:
 
 def audit(run: Run, o: Options) -> AuditedRun:
     """Measure one run. Raises UserError if it cannot be audited, Stopped after a signal."""
-    if run.folder is None:
-        raise UserError(f"{run.name}: its files are not on this machine")
     healed: list[healing.Healing] = []
     moved: list[damage.Moved] = []
-    with folder_lock(run.folder / measure.CACHE.parent, option="run"):
+    with folder_lock(measure.folder_of(run) / measure.CACHE.parent, option="run"):
         with measure.opened_to_measure(run, o.device) as trained:
             cache = measure.cache_of(run, trained)
             measured = measure.measure(run, trained, cache, o.batches, max(o.batches, o.max_batches))
@@ -128,8 +126,7 @@ def audit(run: Run, o: Options) -> AuditedRun:
             if o.subset_batches:
                 masked_sets = subsets.masked_sets(measured, subsets.Rises(trained, cache, o.subset_batches))
         if o.heal or o.damage:
-            # hooks are not a part of compiled or fused graphs
-            with measure.opened(run, "--compile=False", "--fuse=False", device=o.device) as trained:
+            with measure.opened(run, device=o.device) as trained:
                 twin = Twin(run, trained)
                 if o.heal:
                     healed = healing.heal(measured, twin, cache, o.heal, o.prune)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from auditing.cache import Cache
-from auditing.interventions import masked
+from auditing.interventions import mask_key, masked
 from auditing.measure import Measured
 from auditing.subsets import lowest
 from auditing.twins import Twin
@@ -42,7 +42,7 @@ def heal(measured: Measured, twin: Twin, cache: Cache, steps: int, size: int) ->
         for name, score in measured.scores.items()
     }
     known = {(line["heal"], line["steps"]): line["losses"] for line in cache.lines if "heal" in line}
-    wanted = {str(masks): masks for masks in ({}, *choices.values())}
+    wanted = {mask_key(masks): masks for masks in ({}, *choices.values())}
     for key, masks in tqdm(wanted.items(), desc=f"{measured.run.name}: healing", leave=False, disable=None):
         if (key, steps) in known:
             continue
@@ -54,9 +54,9 @@ def heal(measured: Measured, twin: Twin, cache: Cache, steps: int, size: int) ->
             losses.append(twin.validation_loss())
         cache.append({"heal": key, "steps": steps, "losses": losses})
         known[key, steps] = losses
-    before, after = known[str({}), steps]
+    before, after = known[mask_key({}), steps]
     found = []
     for name, masks in choices.items():
-        at_once, at_end = known[str(masks), steps]
+        at_once, at_end = known[mask_key(masks), steps]
         found.append(Healing(name, size, steps, at_once - before, at_end - after))
     return found

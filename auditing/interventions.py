@@ -25,6 +25,11 @@ from ops.dispatch import Dispatch, from_experts, kept_gates, row_weights
 Masks = Mapping[int, tuple[int, ...]]  # masked experts by transformer block
 
 
+def mask_key(masks: Masks) -> str:
+    """The masks as text, for example "0:1,5;2:3"."""
+    return ";".join(f"{block}:{','.join(map(str, sorted(experts)))}" for block, experts in sorted(masks.items()))
+
+
 def moe_layer(model: GPT, block: int) -> MOELayer:
     """The MoE layer of a transformer block."""
     layer = model.transformer.h[block].mlp

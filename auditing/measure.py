@@ -88,6 +88,13 @@ def reliability(masked: np.ndarray) -> np.ndarray:
     return 1 - np.minimum(ratio, 1)
 
 
+def folder_of(run: Run) -> Path:
+    """The folder of a run. Raises UserError if it is not on this machine."""
+    if run.folder is None:
+        raise UserError(f"{run.name}: its files are not on this machine")
+    return run.folder
+
+
 @contextlib.contextmanager
 def opened(run: Run, *arguments: str, device: str = "auto") -> Iterator[setup.Run]:
     """The trained model, optimizer, loop and data of a finished run. Nothing is written to its folder.
@@ -95,9 +102,7 @@ def opened(run: Run, *arguments: str, device: str = "auto") -> Iterator[setup.Ru
     arguments: of train.py. Raises UserError if its checkpoint is missing, damaged, not that of the run's last step, or
     of other settings, or if its data have changed; Stopped at the end, after a signal.
     """
-    if run.folder is None:
-        raise UserError(f"{run.name}: its checkpoint is not on this machine")
-    path = run.folder / checkpoint.NAME
+    path = folder_of(run) / checkpoint.NAME
     try:
         check_is_last(run, checkpoint.without_tensors(path), path)
     except FileNotFoundError:
@@ -107,7 +112,8 @@ def opened(run: Run, *arguments: str, device: str = "auto") -> Iterator[setup.Ru
     except checkpoint.Damaged as e:
         raise UserError(f"{path} is damaged: {e}") from None
     fixed = ["--init_from=resume", f"--out_dir={run.folder}", "--eval_only=True", f"--device={device}"]
-    with setup.open_run([*fixed, *arguments]) as trained:
+    eager = ["--compile=False", "--fuse=False"]  # hooks are not a part of compiled or fused graphs
+    with setup.open_run([*fixed, *eager, *arguments]) as trained:
         if trained.start.damaged:  # by its digest
             raise UserError(f"{path} is damaged: the audit needs the checkpoint of the last step")
         yield trained
@@ -120,7 +126,7 @@ def opened_to_measure(run: Run, device: str = "auto") -> Iterator[setup.Run]:
 
     Raises UserError also if the model has no experts, or none that can be masked.
     """
-    with opened(run, "--dtype=float32", "--compile=False", device=device) as trained:
+    with opened(run, "--dtype=float32", device=device) as trained:
         model = trained.model.eval().requires_grad_(False)
         if not model.config.moe_blocks:
             raise UserError(f"{run.name}: the model has no experts to audit")
@@ -131,9 +137,9 @@ def opened_to_measure(run: Run, device: str = "auto") -> Iterator[setup.Run]:
 
 def cache_of(run: Run, trained: setup.Run) -> Cache:
     """The cache of a run, for its checkpoint and this device."""
-    assert run.folder is not None
-    identity = {"checkpoint_sha256": file_sha256(run.folder / checkpoint.NAME), "device": trained.device.type}
-    return Cache(run.folder / CACHE, identity)
+    folder = folder_of(run)
+    identity = {"checkpoint_sha256": file_sha256(folder / checkpoint.NAME), "device": trained.device.type}
+    return Cache(folder / CACHE, identity)
 
 
 def measure(run: Run, trained: setup.Run, cache: Cache, least: int, most: int) -> Measured:

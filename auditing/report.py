@@ -25,10 +25,10 @@ from comparison.figures import Figure, png
 from comparison.report import image_name, page, write_files
 from comparison.statistics import MIN_PAIRS, Contrast
 from comparison.tables import Table, provenance
+from comparison.wandb_runs import log_report
 from data.tokenizer import UNKNOWN, Codec, codec_for
 from trainer.data import DATA, read_meta
 from trainer.errors import UserError
-from trainer.wandb_run import WandbRun
 
 TEMPLATE = Path(__file__).with_name("audit.html.j2")
 MOST_ROWS = 200  # of a table
@@ -86,19 +86,14 @@ def write(out: Path, groups: list[Group], left_out: list[str], command: str, dat
 
 def log(out: Path, groups: list[Group], command: str, drawn: dict[str, Path]) -> None:
     """Log answers, ranking and figures as a W&B run with job type `audit`. drawn: figures' paths by title."""
-    config = groups[0].runs[0].measured.run.config
-    run = WandbRun(
-        print,
+    log_report(
         out,
-        project=config.get("wandb_project", "nano-chronomoe"),
-        name=f"audit {out.name}",
-        job_type="audit",
-        config={"command": command},
+        "audit",
+        groups[0].runs[0].measured.run.config,
+        {"command": command},
+        lambda wandb: _content(wandb, groups, drawn),
+        ("audit.html", "audit.json"),
     )
-    run.attempt("log", lambda wandb, r: r.log(_content(wandb, groups, drawn)))
-    if config.get("wandb_artifacts"):
-        run.artifact("audit", "report", [out / name for name in ("audit.html", "audit.json")])
-    run.finish()
 
 
 def _content(wandb: Any, groups: list[Group], drawn: dict[str, Path]) -> dict[str, Any]:

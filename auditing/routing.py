@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from auditing.interventions import hooked, moe_layer
+from auditing.measure import folder_of
 from comparison.runs import Run
 from model import GPT
 from trainer import checkpoint, setup
@@ -104,9 +105,8 @@ def _specialists(by_id: Tensor, counts: Tensor, blocks: list[int]) -> Special:
 
 def earlier_models(run: Run, trained: setup.Run) -> list[tuple[int, GPT]]:
     """(step, model) of the run's other checkpoints, in the order of their steps. Damaged ones are left out."""
-    assert run.folder is not None
     found: dict[int, GPT] = {}
-    for path in sorted(run.folder.glob("*.pt")):
+    for path in sorted(folder_of(run).glob("*.pt")):
         if path.name == checkpoint.NAME:
             continue
         with contextlib.suppress(UserError, FileNotFoundError, checkpoint.Damaged):

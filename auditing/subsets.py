@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from auditing.cache import Cache
-from auditing.interventions import Batch, Masks
+from auditing.interventions import Batch, Masks, mask_key
 from auditing.measure import Measured, check_signal
 from trainer import setup
 
@@ -67,7 +67,7 @@ class Rises:
             loader = self.trained.batches
             self.batches = [Batch(self.trained.model, *loader.validation(i), criteria=False) for i in range(self.count)]
             self.base = [batch.loss for batch in self.batches]
-        key = ";".join(f"{block}:{','.join(map(str, sorted(experts)))}" for block, experts in sorted(masks.items()))
+        key = mask_key(masks)
         losses = self.known.get(key, [])
         if len(losses) < self.count:
             losses = losses + [batch.loss_masked(masks) for batch in self.batches[len(losses) :]]
@@ -107,6 +107,7 @@ def masked_sets(measured: Measured, rises: Rises) -> list[MaskedSets]:
     if len(measured.blocks) > 1:
         for size in sizes:
             found.append(_in_every_layer(measured, size, rises, best_of))
+    rises.bar.close()
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from auditing.measure import check_signal
+from auditing.measure import check_signal, folder_of
 from comparison.runs import Run
 from trainer import checkpoint, setup
 from trainer.checkpointer import copy_to_cpu
@@ -19,13 +19,12 @@ class Twin:
 
     Args:
         run: the finished run.
-        trained: the same, opened by `measure.opened` with "--fuse=False": hooks are not a part of fused graphs.
+        trained: the same, opened by `measure.opened`.
     """
 
     def __init__(self, run: Run, trained: setup.Run):
-        assert run.folder is not None
         self.trained = trained
-        self.saved = checkpoint.load(run.folder / checkpoint.NAME)
+        self.saved = checkpoint.load(folder_of(run) / checkpoint.NAME)
 
     def restart(self) -> None:
         """Return to the checkpoint: weights, optimizer, loop and random state."""

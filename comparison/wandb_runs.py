@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,19 +52,39 @@ def plain(row: dict[str, Any]) -> dict[str, Any]:
 
 def log(out: Path, comparison: Comparison, drawn: dict[str, Path]) -> None:
     """Log verdict, table and figures as a W&B run with job type `comparison`. drawn: figures' paths by title."""
-    config = next(iter(comparison.shown.values())).config
-    run = WandbRun(
-        print,
+    log_report(
         out,
-        project=config.get("wandb_project", "nano-chronomoe"),
-        name=f"comparison {out.name}",
-        job_type="comparison",
-        config={"command": comparison.command, "differing": comparison.differing},
+        "comparison",
+        next(iter(comparison.shown.values())).config,
+        {"command": comparison.command, "differing": comparison.differing},
+        lambda wandb: _content(wandb, comparison, drawn),
+        ("report.html", "report.md", "comparison.json"),
     )
-    run.attempt("log", lambda wandb, r: r.log(_content(wandb, comparison, drawn)))
-    if config.get("wandb_artifacts"):
-        files = [out / name for name in ("report.html", "report.md", "comparison.json")]
-        run.artifact("report", "report", files)
+
+
+def log_report(
+    out: Path,
+    job_type: str,
+    settings: Mapping[str, Any],
+    config: dict[str, Any],
+    content: Callable[[Any], dict[str, Any]],
+    files: Iterable[str],
+) -> None:
+    """Log a report as a W&B run.
+
+    Args:
+        out: folder of the report.
+        job_type: one of REPORTS.
+        settings: of a run of the report; they say to which project, and whether the files are uploaded.
+        config: of the W&B run.
+        content: makes what is logged, given wandb.
+        files: names in `out`.
+    """
+    project = settings.get("wandb_project", "nano-chronomoe")
+    run = WandbRun(print, out, project=project, name=f"{job_type} {out.name}", job_type=job_type, config=config)
+    run.attempt("log", lambda wandb, r: r.log(content(wandb)))
+    if settings.get("wandb_artifacts"):
+        run.artifact("report", "report", [out / name for name in files])
     run.finish()
 
 

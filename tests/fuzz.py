@@ -152,17 +152,6 @@ CONFIG_LINES = [
 ]
 
 
-@dataclass
-class Options:
-    """The options of fuzz.py."""
-
-    seconds: float = option(600.0, "seconds to run", above=0)
-    seed: int = option(1, "seed of all cases", least=0)
-    kind: str | None = option(None, "only cases of this kind; None: of all kinds")
-    case: int | None = option(None, "run only the case of this number, and print its output", least=0)
-    jobs: int | None = option(None, "processes; None: the number of CPU cores", least=1)
-
-
 class Hang(BaseException):
     """The case takes too long."""
 
@@ -681,6 +670,19 @@ KINDS = {
     "report": Kind(program("compare"), 0.1, PROCESS_SECONDS),
     "process": Kind(process, 0.01, PROCESS_SECONDS),
 }
+
+
+@dataclass
+class Options:
+    """The options of fuzz.py."""
+
+    seconds: float = option(600.0, "seconds to run", above=0)
+    seed: int = option(1, "seed of all cases", least=0)
+    kind: str | None = option(None, "only cases of this kind; None: of all kinds", choices=tuple(KINDS))
+    case: int | None = option(None, "run only the case of this number, and print its output", least=0)
+    jobs: int | None = option(None, "processes; None: the number of CPU cores", least=1)
+
+
 TRAINS = ("train", "process")
 
 
@@ -1005,8 +1007,6 @@ def main(arguments: list[str]) -> int:
         print(cli.help_text(__doc__, options_of(Options)))
         return 0
     options = Options(**cli.parse(arguments, options_of(Options)).options)
-    if options.kind is not None and options.kind not in KINDS:
-        raise UserError(f"there is no kind {options.kind!r}; there are {', '.join(KINDS)}")
     torch.set_num_threads(1)
     for name in [name for name in os.environ if name.startswith(("WANDB_", "TORCHELASTIC_"))]:
         del os.environ[name]

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from chronomoe.options import option, options_of
 from tests.helpers import child, runs
 from trainer import cli
-from trainer.errors import UserError, run_script
+from trainer.errors import run_script
 from trainer.interrupt import _exists
 
 KILLS_OF_A_RUN = 20
@@ -51,13 +51,6 @@ RUN = (
     | dict(chrono_unused_tokens=1500)
 )
 STUDY = RUN | dict(max_iters=60, lr_decay_iters=60, chrono_alpha_slow=0.8)
-
-
-@dataclass
-class Options:
-    kills: int = option(KILLS_OF_A_RUN, "kills of each kind", least=1)
-    seed: int = option(0, "seed of the times and of the choice of processes", least=0)
-    kind: str | None = option(None, "the only kind; None: all")
 
 
 @dataclass
@@ -120,6 +113,13 @@ KINDS: dict[str, Callable[[list[str], Path], Attempt]] = {
     "torchrun": start_program(*TORCHRUN, "--monitor-interval=0.1", "train.py"),
     "study": start_program("compare.py", "config/study.py", "--seeds=2", "--arms=off,on", "--jobs=2"),
 }
+
+
+@dataclass
+class Options:
+    kills: int = option(KILLS_OF_A_RUN, "kills of each kind", least=1)
+    seed: int = option(0, "seed of the times and of the choice of processes", least=0)
+    kind: str | None = option(None, "the only kind; None: all", choices=tuple(KINDS))
 
 
 class Storm:
@@ -224,8 +224,6 @@ def main(arguments: list[str]) -> int:
         print(cli.help_text(__doc__, options_of(Options)))
         return 0
     options = Options(**cli.parse(arguments, options_of(Options)).options)
-    if options.kind is not None and options.kind not in KINDS:
-        raise UserError(f"there is no kind {options.kind!r}; there are {', '.join(KINDS)}")
     os.chdir(runs.ROOT)
     for kind in [options.kind] if options.kind else KINDS:
         with tempfile.TemporaryDirectory() as folder:
