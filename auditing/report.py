@@ -124,11 +124,6 @@ def made(groups: list[Group], command: str, date: str) -> Table:
 
 def arm_of(group: Group, prefix: str = "") -> Arm:
     """prefix: of the titles of figures, which differ between arms."""
-    sentences = list(group.sentences)
-    answer = next((s for s in sentences if s.startswith((f"{PRIMARY} ", "phi was not", "No verdict"))), sentences[0])
-    sentences.remove(answer)
-    of_others = [s for s in sentences if s.split()[0] in CRITERIA and not s.startswith(PRIMARY + " ")]
-    sentences = [s for s in sentences if s not in of_others]
     sections = [
         _measured(group),
         _ranking(group),
@@ -151,7 +146,7 @@ def arm_of(group: Group, prefix: str = "") -> Arm:
         for section in sections
         if section is not None
     ]
-    return Arm(group.arm, answer, sentences, of_others, named)
+    return Arm(group.arm, group.answer, [*group.unreliable, *group.on_phi], group.on_others, named)
 
 
 def labels(runs: list[AuditedRun]) -> list[str]:

@@ -113,15 +113,32 @@ class Group:
         return np.array([m.reliability for m in self.measured])
 
     @property
-    def sentences(self) -> list[str]:
-        """The answers in words, the primary question first."""
+    def answer(self) -> str:
+        """The answer to the primary question."""
         if len(self.runs) < MIN_PAIRS:
-            return [*self.unreliable, self._without_verdicts, *self._on_proposals]
-        found = self.unreliable
-        if PRIMARY in self.agreements:
-            found.append(_with_numbers(self.agreements[PRIMARY]))
-        else:
-            found.append(UNMEASURED)
+            return self._without_verdicts
+        return _with_numbers(self.agreements[PRIMARY]) if PRIMARY in self.agreements else UNMEASURED
+
+    @property
+    def on_phi(self) -> list[str]:
+        """What else is found on phi_slow and the prunes that it proposes."""
+        return [*(self._comparisons if len(self.runs) >= MIN_PAIRS else []), *self._on_proposals]
+
+    @property
+    def on_others(self) -> list[str]:
+        """The verdicts on the other criteria."""
+        if len(self.runs) < MIN_PAIRS:
+            return []
+        return [_with_numbers(a) for name, a in self.agreements.items() if name != PRIMARY]
+
+    @property
+    def sentences(self) -> list[str]:
+        """All findings in words."""
+        return [*self.unreliable, self.answer, *self.on_phi, *self.on_others]
+
+    @property
+    def _comparisons(self) -> list[str]:
+        found = []
         if self.unused and PRIMARY in self.agreements:
             found.append(f"{self._without_unused}.")
         for name, c in self.rivals.items():
@@ -137,10 +154,9 @@ class Group:
                     else "has the opposite sign"
                 )
             found.append(f"Given {known}, {PRIMARY} {says}: {_numbers(self.added, 'partial rank correlation')}.")
-        found += [_with_numbers(a) for name, a in self.agreements.items() if name != PRIMARY]
         if self.roc_area is not None:
             found.append(f"Rule {PRIMARY} < threshold: the area under its ROC curve is {_area(self.roc_area)}.")
-        return found + self._on_proposals
+        return found
 
     @property
     def _without_verdicts(self) -> str:
