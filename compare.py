@@ -30,7 +30,7 @@ from typing import Any
 from chronomoe.options import option, options_of, same_option
 from trainer import cli
 from trainer import settings as setting
-from trainer.arms import ARMS
+from trainer.arms import ARMS, DEFAULT_ARMS
 from trainer.interrupt import Interrupt
 from trainer.lock import folder_lock
 from trainer.settings import Settings
@@ -51,7 +51,7 @@ class Options:
     """The options of compare.py. Only `margin` is passed on to train.py, as are all other keys."""
 
     seeds: int = option(8, "train with the seeds 1, 2, ... up to this", least=1, most=MAX_PAIRS)
-    arms: str = option(",".join(ARMS), "arms to train, separated by commas")
+    arms: str = option(",".join(DEFAULT_ARMS), f"arms to train, separated by commas, of {', '.join(ARMS)}")
     jobs: int | None = option(None, "runs to train at a time; None: the number of CPU cores", least=1)
     wandb: str | None = option(None, "ENTITY/PROJECT in W&B whose runs to compare")
     plan: bool = option(False, "print how many pairs decide about a margin, and exit")

@@ -26,7 +26,7 @@ from chronomoe.router import ChronoRouter, RouterBias, RouterState, Routing
 from chronomoe.statistics import collect_trace
 from chronomoe.trace import MoETrace
 from ops.cross_entropy import IGNORED, linear_cross_entropy
-from ops.dispatch import from_experts, kept_gates, plan_dispatch, row_weights, to_experts
+from ops.dispatch import from_experts, kept_gates, plan_dispatch, row_weights, sum_per_expert, to_experts
 from ops.experts import MLPExperts, matmul_dtype
 
 MAX_CAPACITY = 1 << 62  # slots; a larger one does not fit into int64
@@ -123,6 +123,7 @@ class LayerTrace(NamedTuple):
     routing: Routing
     kept_per_expert: Tensor | None  # [E] tokens within capacity; None: all that were routed
     outputs: Tensor | None  # [2, E, D] sums of y_e and of g_e y_e; None where step 2 is off
+    gated_norm: Tensor | None = None  # [E] sums of |g_e y_e|; None unless the signal needs it
 
 
 class MOELayer(nn.Module):
@@ -155,8 +156,11 @@ class MOELayer(nn.Module):
         weights = row_weights(gates.detach(), plan) if return_trace and self.config.chrono.coherence else None
         rows = to_experts(tokens, plan, matmul_dtype(tokens))
         rows, outputs = self.experts(rows, plan, weights)
+        gated_norm = None
+        if weights is not None and self.config.chrono.measures("gated_norm"):
+            gated_norm = sum_per_expert(weights[1] * rows.detach().to(weights.dtype).norm(dim=-1), plan)
         kept = None if capacity is None else routing.tokens_per_expert.clamp_max(capacity)
-        return from_experts(rows, gates, plan).view_as(x), LayerTrace(routing, kept, outputs)
+        return from_experts(rows, gates, plan).view_as(x), LayerTrace(routing, kept, outputs, gated_norm)
 
     _fused_mix = fused(_mix)
 
@@ -292,7 +296,7 @@ class GPT(nn.Module):
                 loss = loss + self.config.router_z_loss_weight * router_z_loss
         if not return_trace:
             return logits, loss
-        routings, kept, outputs = zip(*layers) if layers else ((), (), ())
+        routings, kept, outputs, gated_norms = zip(*layers) if layers else ((), (), (), ())
         losses = (cross_entropy, aux_loss, router_z_loss)
         trace = collect_trace(
             routings,
@@ -302,6 +306,7 @@ class GPT(nn.Module):
             kept_per_expert=[k for k in kept if k is not None],
             outputs=[o for o in outputs if o is not None],
             logged=logged,
+            gated_norms=[norm for norm in gated_norms if norm is not None],
         )
         return logits, loss, trace
 

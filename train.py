@@ -55,6 +55,9 @@ def train(run: Run) -> bool:
         if save_is_due:
             with timer.paused():
                 checkpointer.save()
+        if run.worth is not None and run.worth.is_due(progress.step):
+            with timer.paused():
+                run.worth.measure(progress.step)
 
         lr = learning_rate(s, progress.step)
         next_step = progress.step + 1
@@ -81,7 +84,7 @@ def train(run: Run) -> bool:
             timer.restart()
 
     checkpointer.finish(run.interrupt.stopping)
-    for text in messages.last_lines(s, progress, checkpointer, failure):
+    for text in messages.last_lines(s, progress, checkpointer, failure, run.worth):
         log.info(text)
     log.close(in_haste=run.interrupt.exit_status != 0)
     return failure is not None or checkpointer.failure is not None
@@ -92,45 +95,55 @@ def evaluate_and_save(run: Run) -> None:
 
     The line is the first one, one whose evaluation was interrupted before the run was resumed, or due by eval_interval.
     """
-    val_loss = evaluate(run)
-    if val_loss is None:
+    losses = evaluate(run)
+    if losses is None:
         return
-    line, is_best = run.progress.evaluated(val_loss)
+    line, is_best = run.progress.evaluated(losses)
     run.log.metrics(line)
     if run.progress.step > 0 and (is_best or run.settings.always_save_checkpoint):
         run.checkpointer.save(is_best)
 
 
 @torch.no_grad()
-def evaluate(run: Run) -> float | None:
-    """Mean cross-entropy of the fixed validation batches, nats per token; None if a signal interrupted it."""
+def evaluate(run: Run) -> dict[str, float] | None:
+    """Mean cross-entropy of the fixed validation batches by metric, nats per token; None if a signal interrupted it.
+
+    'val/loss' is of the first dataset; with a data_schedule there is also one of every dataset, as 'val/prose/loss'.
+    """
     s, world = run.settings, run.world
+    texts = list(run.batches.texts)
     run.model.eval()
-    losses = torch.zeros(s.eval_iters, device=run.device)  # each rank fills its own entries
-    for i in range(0, s.eval_iters, world.world_size):
-        run.interrupt.poll()
-        if run.interrupt.stopping:
-            break
-        if i + world.rank < s.eval_iters:
-            x, y = run.batches.validation(i + world.rank)
-            with run.training_step.autocast():
-                losses[i + world.rank] = run.forward(x, y, return_logits=False)[1]
+    losses = torch.zeros(len(texts), s.eval_iters, device=run.device)  # each rank fills its own entries
+    for k, text in enumerate(texts):
+        for i in range(0, s.eval_iters, world.world_size):
+            run.interrupt.poll()
+            if run.interrupt.stopping:
+                break
+            if i + world.rank < s.eval_iters:
+                x, y = run.batches.validation(i + world.rank, text)
+                with run.training_step.autocast():
+                    losses[k, i + world.rank] = run.forward(x, y, return_logits=False)[1]
     run.model.train()
     if run.interrupt.stopping:
         return None
-    return sum(world.all_reduce_sum(losses).tolist()) / s.eval_iters
+    means = [sum(of_text) / s.eval_iters for of_text in world.all_reduce_sum(losses).tolist()]
+    of_texts = {f"val/{setting.domain(text)}/loss": mean for text, mean in zip(texts, means) if s.data_schedule}
+    return {"val/loss": means[0]} | of_texts
 
 
 def report_validation_loss(run: Run) -> bool:
     """Print the validation loss of a checkpoint, for eval_only. Returns False: it cannot fail."""
     for note in run.start.notes:
         run.log.info(note)
-    loss = evaluate(run)
-    if loss is not None:
+    losses = evaluate(run)
+    if losses is not None:
         source = run.start.weights_from
         is_own = source is None or run.start.is_resumed
         what = f"at step {run.progress.step}" if is_own else f"of {source}"
-        run.log.info(f"validation loss {what}: {loss:.4f} nats per token, over {run.settings.eval_iters} batches")
+        for name, loss in losses.items():
+            of = "" if name == "val/loss" else f" of {name.split('/')[1]}"
+            iters = run.settings.eval_iters
+            run.log.info(f"validation loss{of} {what}: {loss:.4f} nats per token, over {iters} batches")
     return False
 
 

@@ -8,9 +8,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from auditing.interventions import SUMS
 from trainer.errors import UserError
 from trainer.files import atomic_write, open_regular, parse_json
+from trainer.interventions import SUMS
 
 VERSION = 1  # of what is measured; another version is measured anew
 # keys of a line: what the file belongs to, the model, a batch, a set of masked experts, a pruned and a damaged twin

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from auditing.interventions import moe_layer
 from chronomoe import ChronoLoop
 from chronomoe.coherence import CLOCKS
 from model import GPT
+from trainer.interventions import moe_layer
 
 
 @dataclass(frozen=True)

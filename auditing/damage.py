@@ -23,11 +23,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from auditing.cache import Cache
-from auditing.interventions import hooked, moe_layer
 from auditing.twins import Twin
 from chronomoe.coherence import coherence
 from model import GPT
 from trainer.errors import UserError
+from trainer.interventions import hooked, moe_layer
 from trainer.step import StepResult
 from trainer.streams import DAMAGE, stream_seed
 

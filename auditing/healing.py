@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from auditing.cache import Cache
-from auditing.interventions import mask_key, masked
 from auditing.measure import Measured
 from auditing.subsets import lowest
 from auditing.twins import Twin
 from trainer.errors import UserError
+from trainer.interventions import mask_key, masked
 
 
 @dataclass(frozen=True)

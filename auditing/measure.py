@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 from auditing.cache import Cache, complete_lines, file_sha256
 from auditing.criteria import Observed, scores, trained_phi, weight_statistics
-from auditing.interventions import SUMS, Batch
 from comparison.runs import Run, check_is_last
 from trainer import checkpoint, setup
 from trainer.errors import UserError
+from trainer.interventions import SUMS, Batch
 
 RELIABLE = 0.9  # share of the variance of measured worth between the experts of a layer that is not error
 CACHE = Path("audit") / "measurements.jsonl"  # in the folder of a run

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auditing.interventions import hooked, moe_layer
 from auditing.measure import folder_of
 from comparison.runs import Run
 from model import GPT
 from trainer import checkpoint, setup
 from trainer.errors import UserError
+from trainer.interventions import hooked, moe_layer
 from trainer.weights import build_model
 
 SHOWN_TOKENS = 5  # ids listed per expert

@@ -19,9 +19,9 @@ import numpy as np
 from tqdm import tqdm
 
 from auditing.cache import Cache
-from auditing.interventions import Batch, Masks, mask_key
 from auditing.measure import Measured, check_signal
 from trainer import setup
+from trainer.interventions import Batch, Masks, mask_key
 
 SIZES = (1, 2, 4)
 EXHAUSTIVE = 300

@@ -36,6 +36,8 @@ class Twin:
         run, progress = self.trained, self.trained.progress
         run.model.train()
         lr = learning_rate(run.settings, progress.step)
+        if run.worth is not None and run.worth.is_due(progress.step):
+            run.worth.measure(progress.step)
         result = run.training_step(run.batches.training(progress.step), progress.step + 1, lr, logged=False)
         progress.step += 1
         return result

@@ -1,6 +1,6 @@
 """Step 3: a signal moves beta.
 
-    beta_coeff <- clamp(beta_coeff + drift, -k_max, k_max)
+    beta_coeff <- clamp(beta_coeff + s * drift, -s * k_max, s * k_max)
     drift = eta * (phi_slow - tau)     for experts whose phi was updated in this step, else 0   (signal 'coherence')
 
 Coherent experts are chosen more often. Softmax ignores a shift that is common to all experts of a layer, so only
@@ -9,66 +9,21 @@ differences of beta change routing. `center` subtracts the layer's mean drift, a
 Beta drifts at every training step. Only experts that were observed in this step drift: without new tokens phi is
 frozen, and its drift would run into the clamp.
 
-A signal is a function in SIGNALS and a choice of ChronoConfig.signal. It must not read a tensor on the host.
+signals.py has the other signals. s is the strength that `ramp` sets for this step, 1 without a ramp.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from chronomoe.coherence import CoherenceBuffer
-from chronomoe.config import ChronoConfig
 from chronomoe.router import RouterState
+from chronomoe.signals import SIGNALS, SignalState
 from chronomoe.trace import MoETrace
-
-
-class Observation(NamedTuple):
-    """What a signal may use, per layer and expert."""
-
-    phi_slow: Tensor  # [L, E]
-    updated: Tensor  # [L, E] bool: phi was updated in this step
-    follows: Tensor | None  # [L, E] int64: the expert whose coherence each expert gets (signal 'shuffled')
-    tokens_per_expert: Tensor | None  # [L, E]
-
-
-def coherence_drift(config: ChronoConfig, seen: Observation) -> Tensor:
-    """Drift [L, E] towards each expert's own coherence."""
-    drift = config.eta * (seen.phi_slow - config.tau) * seen.updated
-    if config.center:
-        mean = drift.sum(-1, keepdim=True) / seen.updated.sum(-1, keepdim=True).clamp_min(1)
-        drift = (drift - mean) * seen.updated
-    return drift
-
-
-def shuffled_drift(config: ChronoConfig, seen: Observation) -> Tensor:
-    """Drift [L, E] towards the coherence of another expert of the layer: a placebo."""
-    if seen.follows is None:
-        raise ValueError("signal 'shuffled' needs follows")
-    phi, updated = seen.phi_slow.gather(-1, seen.follows), seen.updated.gather(-1, seen.follows)
-    return coherence_drift(config, seen._replace(phi_slow=phi, updated=updated))
-
-
-def load_drift(config: ChronoConfig, seen: Observation) -> Tensor:
-    """Drift [L, E] of loss-free load balancing (https://arxiv.org/abs/2408.15664, algorithm 1), less its mean.
-
-    An expert with less than its layer's mean load rises by eta, one with more falls by eta.
-    """
-    load = seen.tokens_per_expert
-    if load is None:
-        raise ValueError("signal 'load' needs a trace")
-    drift = config.eta * torch.sign(load.mean(-1, keepdim=True) - load)
-    return drift - drift.mean(-1, keepdim=True)
-
-
-SIGNALS: dict[str, Callable[[ChronoConfig, Observation], Tensor]] = {
-    "coherence": coherence_drift,
-    "shuffled": shuffled_drift,
-    "load": load_drift,
-}
 
 
 @torch.no_grad()
@@ -76,8 +31,9 @@ def update_beta(
     router_state: RouterState,
     coherence: CoherenceBuffer,
     ok: Tensor,
-    trace: MoETrace | None = None,
-    follows: Tensor | None = None,
+    trace: MoETrace,
+    signals: SignalState,
+    ramp: Sequence[tuple[float, int]] = (),
     phi_slow: Tensor | None = None,
 ) -> None:
     """Move beta by one step of the configured signal, in place.
@@ -86,26 +42,27 @@ def update_beta(
         router_state: its beta_coeff [L, E] is updated; its config names the signal.
         coherence: read for phi_slow and for which experts were updated in this step.
         ok: [] bool; where it is False nothing changes.
-        trace: this step's trace; needed by signal 'load'.
-        follows: [L, E] int64, another expert of the same layer for each expert; needed by signal 'shuffled'.
+        trace: this step's trace, reduced over ranks.
+        signals: read for the smoothed score of this step.
+        ramp: (strength, step) of each point, as `parse_ramp` returns them; empty: strength 1.
         phi_slow: [L, E], optional; avoids recomputing it.
     """
-    config = router_state.config
+    config, beta = router_state.config, router_state.beta_coeff
     phi_slow = coherence.phi("slow") if phi_slow is None else phi_slow
-    tokens_per_expert = None if trace is None else trace.tokens_per_expert
-    seen = Observation(phi_slow, coherence.updated(), follows, tokens_per_expert)
-    drift = SIGNALS[config.signal](config, seen)
-    router_state.beta_coeff.add_(drift * ok).clamp_(-config.k_max, config.k_max)
+    seen = signals.observation(beta, coherence, phi_slow, trace.required("tokens_per_expert"))
+    drift = SIGNALS[config.signal].drift(config, seen)
+    if not ramp:
+        beta.add_(drift * ok).clamp_(-config.k_max, config.k_max)
+        return
+    strength = strength_at(ramp, coherence.step)
+    bound = config.k_max * strength
+    beta.copy_(torch.where(ok, (beta + drift * strength).clamp(-bound, bound), beta))
 
 
-def derangement(num_layers: int, num_experts: int, seed: int) -> Tensor:
-    """Draw for each layer a random permutation of the experts without fixed points: [L, E] int64.
-
-    Each is one cycle through all experts, uniform over such cycles, so every other expert is equally likely.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    rows = []
-    for _ in range(num_layers):
-        cycle = torch.randperm(num_experts, generator=generator)
-        rows.append(torch.empty_like(cycle).scatter_(0, cycle, cycle.roll(-1)))
-    return torch.stack(rows) if rows else torch.empty(0, num_experts, dtype=torch.int64)
+def strength_at(ramp: Sequence[tuple[float, int]], step: Tensor) -> Tensor:
+    """The factor of eta and k_max at training step `step` [] int64: [] float32, linear between the ramp's points."""
+    strength = torch.full_like(step, ramp[0][0], dtype=torch.float32)
+    for (before, start), (after, end) in pairwise(ramp):
+        share = ((step - start).float() / (end - start)).clamp(0, 1)
+        strength = torch.where(step >= start, before + (after - before) * share, strength)
+    return strength

@@ -12,15 +12,17 @@ the mixture that it is compared with. 'leave_one_out' does not have this flaw.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from chronomoe.config import ChronoConfig
-from chronomoe.state import StateModule
+from chronomoe.state import StateModule, debiased, update_ema
 from chronomoe.trace import MoETrace
+
+if TYPE_CHECKING:  # config.py imports the signals, which import this file
+    from chronomoe.config import ChronoConfig
 
 CLOCKS = ("fast", "mid", "slow")
 
@@ -84,11 +86,9 @@ class CoherenceBuffer(StateModule):
         kept_per_expert = trace.required("kept_per_expert")
         phi_raw = coherence(output, gated_output, self.config.reference)
         active = ok & (kept_per_expert > 0) & (phi_raw.abs() < torch.inf)
-        phi_raw = torch.where(active, phi_raw, 0.0).to(self.phi_slow.dtype)
-        moves = active.to(phi_raw.dtype)
+        phi_raw = torch.where(active, phi_raw, 0.0)
         for clock in CLOCKS:
-            # a weight of 0 leaves the EMA unchanged
-            getattr(self, f"phi_{clock}").lerp_(phi_raw, moves * (1 - getattr(self.config, f"alpha_{clock}")))
+            update_ema(getattr(self, f"phi_{clock}"), phi_raw, active, getattr(self.config, f"alpha_{clock}"))
         self.update_count += active
         self.total_tokens_seen += (kept_per_expert * active).long()
         self.last_update_step.copy_(torch.where(active, self.step, self.last_update_step))
@@ -96,12 +96,9 @@ class CoherenceBuffer(StateModule):
     def phi(self, clock: str) -> Tensor:
         """phi [L, E] of the clock 'fast', 'mid' or 'slow', -1 to 1; 0 for experts never observed."""
         ema = getattr(self, f"phi_{clock}")
-        alpha = getattr(self.config, f"alpha_{clock}")
-        if not self.config.ema_debias or alpha == 0:
+        if not self.config.ema_debias:
             return ema
-        # 1 - alpha^n in float32 cancels for alpha = 0.999 and small n
-        count = self.update_count.clamp_min(1).to(ema.dtype)
-        return ema / -torch.expm1(count * math.log(alpha))
+        return debiased(ema, self.update_count, getattr(self.config, f"alpha_{clock}"))
 
     def ever_observed(self) -> Tensor:
         """[L, E] bool: the expert has received a token."""

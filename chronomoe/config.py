@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from chronomoe.options import check_options, option
+from chronomoe.schedule import parse_ramp
+from chronomoe.signals import SIGNALS
 
 THRESHOLDS = {"js": 0.2, "overlap": 0.1}  # default of bridge_threshold, by bridge_signal
 STEPS = ("router", "coherence", "beta", "bridge", "lifecycle")
@@ -46,8 +48,8 @@ class ChronoConfig:
 
     signal: str = option(
         "coherence",
-        "what drives beta; 'shuffled' (another expert's coherence) and 'load' (load balance) are controls",
-        choices=("coherence", "shuffled", "load"),
+        f"what beta follows: {'; '.join(f'{name!r}, {signal.what}' for name, signal in SIGNALS.items())}",
+        choices=tuple(SIGNALS),
         only_with="beta",
         group="Beta (step 3)",
     )
@@ -56,6 +58,18 @@ class ChronoConfig:
     tau: float = option(0.5, "coherence at which beta does not move", least=-1, most=1, only_with="beta")
     center: bool = option(
         False, "subtract the layer's mean drift, so that beta moves only by differences", only_with="beta"
+    )
+    ramp: str = option(
+        "",
+        "strength of beta by step, as '0@0 1@300 0@600': eta and k_max are multiplied by the value, which is linear "
+        "between these points; empty: 1",
+        only_with="beta",
+    )
+    spread: float | None = option(
+        None,
+        "signal 'frozen': standard deviation of beta in a layer, for example the beta/std at which arm 'on' ends",
+        least=0,
+        only_with="beta",
     )
     gates: str = option(
         "biased",
@@ -146,11 +160,24 @@ class ChronoConfig:
         check_options(self)
         for step, needed in missing_steps(vars(self)):
             raise ValueError(f"{step}=True needs {needed}=True")
+        if self.signal == "frozen" and self.beta and self.spread is None:
+            raise ValueError("signal='frozen' needs spread, for example the beta/std at which arm 'on' ends")
+        if self.ramp:
+            if self.signal == "frozen":
+                raise ValueError("ramp changes eta and k_max, and signal='frozen' does not use eta")
+            try:
+                parse_ramp(self.ramp)
+            except ValueError as e:
+                raise ValueError(f"ramp: {e}") from None
 
     @property
     def disagreement_threshold(self) -> float:
         """bridge_threshold; the default of bridge_signal if that is None."""
         return THRESHOLDS[self.bridge_signal] if self.bridge_threshold is None else self.bridge_threshold
+
+    def measures(self, field: str) -> bool:
+        """Whether the signal needs this field of MoETrace."""
+        return self.coherence and SIGNALS[self.signal].needs == field
 
     def steps_on(self) -> list[str]:
         """The steps that are on, in order."""

@@ -11,15 +11,19 @@ synchronizes with the device; only `read`, `report` and `snapshot` copy state to
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from chronomoe.beta import derangement, update_beta
+from chronomoe.beta import update_beta
 from chronomoe.coherence import CLOCKS, CoherenceBuffer, CoherenceState
 from chronomoe.fuse import fused
 from chronomoe.lifecycle import REASONS, LifecycleCoordinator, PruneDecision
 from chronomoe.metrics import expert_id, layer_metric, metrics
 from chronomoe.router import RouterState
+from chronomoe.schedule import parse_ramp
+from chronomoe.signals import SignalState
 from chronomoe.state import widened
 from chronomoe.trace import MoETrace
 
@@ -30,7 +34,7 @@ class ChronoLoop:
     Args:
         router_state: the model's; its config says which steps are on.
         layer_ids: index of the transformer block of each of the L MoE layers, used in names ("L0_E3").
-        seed: of the permutation of signal 'shuffled'.
+        seed: of the random numbers of the signals.
 
     The state is on router_state's device. `state_dict` holds the loop's state without router_state, which is in the
     model's own state dict.
@@ -48,7 +52,8 @@ class ChronoLoop:
         device = router_state.beta_coeff.device
         self.coherence = CoherenceBuffer(num_layers, num_experts, self.config).to(device)
         self.lifecycle = LifecycleCoordinator(num_layers, num_experts, self.config).to(device)
-        self.follows = derangement(num_layers, num_experts, seed).to(device)
+        self.signals = SignalState(num_layers, num_experts, self.config, seed).to(device)
+        self.ramp = parse_ramp(self.config.ramp) if self.config.ramp else []
         self.last: MoETrace | None = None
         # training step at which the loop's own count of steps began: not 0 if step 2 was switched on later
         self.began_at = 0
@@ -63,9 +68,29 @@ class ChronoLoop:
         Raises ValueError if the trace is of other layers or experts, or lacks a field that a step needs.
         """
         trace.check(*self.router_state.beta_coeff.shape)
-        trace = trace.summed_over_ranks()
+        trace = self.collect(trace)
         self._update(trace, found_inf)
         self.last = trace
+
+    @torch.no_grad()
+    def collect(self, trace: MoETrace, loss_scale: Tensor | None = None) -> MoETrace:
+        """Add to the trace what backward has measured since the last call, and sum it over ranks.
+
+        Returns the trace itself if this was done before. loss_scale: [], the factor of the loss in backward.
+        """
+        probe = self.router_state.probe
+        if not trace.is_reduced and probe is not None and trace.first_order is None:
+            if probe.grad is None:
+                raise ValueError("signal 'first_order' needs a backward before the step")
+            sums = probe.grad.clone() if loss_scale is None else probe.grad / loss_scale
+            trace = replace(trace, first_order=sums)
+            probe.grad.zero_()  # in place: a CUDA graph writes to its address
+        return trace.summed_over_ranks()
+
+    @torch.no_grad()
+    def set_worth(self, worth: Tensor) -> None:
+        """Set what signal 'worth' follows from now on: the worth of every expert, [L, E], the same on all ranks."""
+        self.signals.worth.copy_(worth)
 
     @torch.no_grad()
     @fused
@@ -80,8 +105,9 @@ class ChronoLoop:
         if config.coherence:
             self.coherence.update(trace, ok)
             phi_slow = self.coherence.phi("slow")
+            self.signals.update(trace, self.coherence.updated(), ok)
         if config.beta:
-            update_beta(self.router_state, self.coherence, ok, trace, self.follows, phi_slow)
+            update_beta(self.router_state, self.coherence, ok, trace, self.signals, self.ramp, phi_slow)
         if config.lifecycle:
             self.lifecycle.update(self.coherence, phi_slow)
 
@@ -89,13 +115,13 @@ class ChronoLoop:
         return {
             "coherence": self.coherence.state_dict(),
             "lifecycle": self.lifecycle.state_dict(),
-            "shuffled": {"follows": self.follows},
+            "signals": self.signals.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
         self.coherence.load_state_dict(state["coherence"])
         self.lifecycle.load_state_dict(state["lifecycle"])
-        self.follows.copy_(state["shuffled"]["follows"])
+        self.signals.load_state_dict(state["signals"])
 
     def snapshot(self) -> dict[tuple[int, int], CoherenceState]:
         """Every expert's coherence on the host, by (transformer block, expert). Synchronizes with the device."""
@@ -142,7 +168,7 @@ class ChronoLoop:
         """The last step's metrics by name; None for a value that does not exist. Synchronizes with the device."""
         if self.last is None:
             return {}
-        found = metrics(self.last, self.router_state, self.coherence, self.lifecycle)
+        found = metrics(self.last, self.router_state, self.coherence, self.lifecycle, self.signals, self.ramp)
         tensors = [*found.per_layer.values(), *found.per_expert.values(), *found.scalars.values()]
         if not tensors:
             return {}

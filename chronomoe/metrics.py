@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from chronomoe.beta import strength_at
 from chronomoe.coherence import CLOCKS, CoherenceBuffer
 from chronomoe.lifecycle import LifecycleCoordinator
 from chronomoe.router import RouterState
+from chronomoe.signals import SIGNALS, SignalState
 from chronomoe.trace import MoETrace
 
 # Means and extremes over layers: name -> (per-layer metric, reduction). Their number does not depend on L and E.
@@ -50,7 +52,12 @@ class Metrics(NamedTuple):
 
 
 def metrics(
-    trace: MoETrace, router_state: RouterState, coherence: CoherenceBuffer, lifecycle: LifecycleCoordinator
+    trace: MoETrace,
+    router_state: RouterState,
+    coherence: CoherenceBuffer,
+    lifecycle: LifecycleCoordinator,
+    signals: SignalState,
+    ramp: Sequence[tuple[float, int]] = (),
 ) -> Metrics:
     """The metrics of one step, on the device, from a trace with its logged fields."""
     config = router_state.config
@@ -102,6 +109,10 @@ def metrics(
             }
         )
         found.per_expert.update({f"phi_{clock}": coherence.phi(clock).where(seen, torch.nan) for clock in CLOCKS})
+        if SIGNALS[config.signal].score is not None:
+            found.per_expert["score"] = signals.score().where(signals.score_count > 0, torch.nan)
+    if config.beta and ramp:
+        found.scalars["beta/strength"] = strength_at(ramp, coherence.step)
     if config.lifecycle:
         found.scalars["lifecycle/candidates"] = lifecycle.candidates()
     return found

@@ -14,7 +14,7 @@ Shapes: L MoE layers, E experts, N tokens, K top_k, D model width.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,7 @@ class RouterBias(NamedTuple):
 
     beta_eff: Tensor  # [E] bias on the logits at full strength
     relevance: Tensor  # [] strength r set by the bridge in the last step, 0 to 1
+    probe: Tensor | None = None  # [E] zeros whose gradient is the sum of |g dL/dg|, see RouterState.probe
 
 
 class RouterState(StateModule):
@@ -45,6 +46,7 @@ class RouterState(StateModule):
     disagreement: Tensor  # [L] of the last step, at full strength
     relevance: Tensor  # [L] r, computed from disagreement
     updates: Tensor  # [] int64, number of observations that were finite in all layers
+    probe: Tensor | None  # [L, E] zeros, not saved; backward adds the sum of |g dL/dg| to its gradient
 
     def __init__(self, num_layers: int, num_experts: int, config: ChronoConfig):
         super().__init__()
@@ -54,6 +56,10 @@ class RouterState(StateModule):
         self.register_buffer("disagreement", torch.zeros(num_layers, dtype=torch.float32))
         self.register_buffer("relevance", torch.ones(num_layers, dtype=torch.float32))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        probe = None
+        if config.measures("first_order"):
+            probe = torch.zeros(num_layers, num_experts, dtype=torch.float32, requires_grad=True)
+        self.register_buffer("probe", probe, persistent=False)
 
     def compute_beta_eff(self) -> Tensor:
         """The bias on the logits at full strength, [L, E]."""
@@ -65,7 +71,8 @@ class RouterState(StateModule):
         if not self.config.router:
             return [None] * len(self.logit_std)
         relevance = self.relevance if self.config.bridge else torch.ones_like(self.relevance)
-        return [RouterBias(*pair) for pair in zip(self.compute_beta_eff().unbind(0), relevance.unbind(0))]
+        probes = [None] * len(relevance) if self.probe is None else self.probe.unbind(0)
+        return [RouterBias(*values) for values in zip(self.compute_beta_eff().unbind(0), relevance.unbind(0), probes)]
 
     @torch.no_grad()
     def update(self, trace: MoETrace, ok: Tensor) -> None:
@@ -82,6 +89,25 @@ class RouterState(StateModule):
             seen = trace.required("disagreement") / trace.tokens
             self.disagreement.copy_(torch.where(ok & (seen < torch.inf), seen, self.disagreement))
             self.relevance.copy_(compute_relevance(self.disagreement, config.disagreement_threshold))
+
+
+class _FirstOrder(torch.autograd.Function):
+    """Returns the gates [N, K]. The backward gives the probe [E] the gradient sum over tokens of |g dL/dg|.
+
+    As a gradient, the sum needs no hook, and adds over micro-batches by itself.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gates: Tensor, experts: Tensor, probe: Tensor) -> Tensor:
+        ctx.save_for_backward(gates, experts)
+        ctx.num_experts = len(probe)
+        return gates.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gates, experts = ctx.saved_tensors
+        of_expert = gates.new_zeros(len(gates), ctx.num_experts).scatter(-1, experts, (gates * grad).abs())
+        return grad, None, of_expert.sum(0)
 
 
 class Routing(NamedTuple):
@@ -175,6 +201,10 @@ class ChronoRouter(nn.Module):
         else:
             gates = self.gates_of(top_logits, z_biased)
 
+        gates_of_mixture = gates
+        if bias is not None and bias.probe is not None and torch.is_grad_enabled():
+            gates_of_mixture = _FirstOrder.apply(gates, experts, bias.probe)
+
         # Switch Transformer, https://arxiv.org/abs/2101.03961 eq. 4 to 6, on the applied gates and choices.
         gate_of_expert = torch.zeros_like(z_clean).scatter(-1, experts, gates)
         tokens_per_expert = torch.zeros_like(z_clean).scatter(-1, experts, 1.0).sum(0)
@@ -182,8 +212,9 @@ class ChronoRouter(nn.Module):
         # ST-MoE, https://arxiv.org/abs/2202.08906 eq. 5.
         router_z_loss = z_clean.logsumexp(-1).square().mean()
         return Routing(
-            experts, gates, z_clean, noise_free, z_biased, tokens_per_expert, aux_loss, router_z_loss, bias, relevance
-        )
+            experts, gates_of_mixture, z_clean, noise_free, z_biased,
+            tokens_per_expert, aux_loss, router_z_loss, bias, relevance,
+        )  # fmt: skip
 
     def gates_of(self, top_logits: Tensor, logits: Tensor) -> Tensor:
         """Gates [N, K] from the logits of the chosen experts [N, K] and of all experts [N, E]."""

@@ -35,6 +35,7 @@ def collect_trace(
     kept_per_expert: Sequence[Tensor] = (),
     outputs: Sequence[Tensor] = (),
     logged: bool = True,
+    gated_norms: Sequence[Tensor] = (),
 ) -> MoETrace:
     """Build the trace of one micro-batch.
 
@@ -47,6 +48,7 @@ def collect_trace(
         kept_per_expert: one [E] per layer, tokens within capacity; empty: all are.
         outputs: one [2, E, D] per layer, sums over tokens of y_e and of g_e y_e; empty where step 2 is off.
         logged: False leaves out the fields that are only logged.
+        gated_norms: one [E] per layer, sums over tokens of |g_e y_e|; only signal 'reap' needs them.
 
     Raises ValueError if a layer's routing, bias or outputs do not fit the others.
     """
@@ -61,6 +63,8 @@ def collect_trace(
         sums["kept_per_expert"] = torch.stack(list(kept_per_expert)) if kept_per_expert else sums["tokens_per_expert"]
     if outputs:
         sums["output"], sums["gated_output"] = torch.stack(list(outputs), dim=1).unbind(0)
+    if gated_norms:
+        sums["gated_norm"] = torch.stack(list(gated_norms))
     counts: dict[str, Any] = {"tokens": torch.full_like(losses[0], tokens), "batches": torch.ones_like(losses[0])}
     names = ("cross_entropy", "aux_loss", "router_z_loss")
     return MoETrace(**counts | dict(zip(names, losses)) | sums)

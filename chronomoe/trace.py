@@ -43,6 +43,8 @@ class MoETrace:
     # Step 2
     output: Tensor | None = None  # [L, E, D] expert outputs
     gated_output: Tensor | None = None  # [L, E, D] gate times expert output; summed over E, the mixture
+    gated_norm: Tensor | None = None  # [L, E] |gate times expert output|, for signal 'reap'
+    first_order: Tensor | None = None  # [L, E] |gate times dL/dgate|, for signal 'first_order'
 
     is_reduced: bool = False  # already summed over ranks
 

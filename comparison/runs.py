@@ -301,7 +301,7 @@ def _is_scheduled(run: Run, step: int) -> bool:
 
 
 def _without_evaluation(line: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in line.items() if key != "val/loss"}
+    return {key: value for key, value in line.items() if not key.startswith("val/")}
 
 
 def load_runs(sources: Iterable[Any], load: Callable[[Any], Run] = load_run) -> tuple[list[Run], list[Unusable]]:

@@ -116,3 +116,10 @@ def row_weights(gates: Tensor, plan: Dispatch) -> Tensor:
     """Weights [2, S] of the sorted rows in their expert's sums of y and of g * y, from the kept gates [N, K]."""
     used = gates.t().reshape(-1).index_select(0, plan.order)
     return torch.stack([torch.ones_like(used) if plan.kept is None else plan.kept.to(used.dtype), used])
+
+
+def sum_per_expert(values: Tensor, plan: Dispatch) -> Tensor:
+    """Sums [E] of values [S] over the sorted rows of each expert."""
+    all_experts = torch.arange(len(plan.offsets), device=values.device, dtype=plan.experts.dtype)
+    # index_add would use atomics, and autocast would narrow a matmul
+    return (values.unsqueeze(-1) * (plan.experts.unsqueeze(-1) == all_experts)).sum(0)

@@ -72,25 +72,29 @@ def test_the_interval_between_logged_steps_does_not_change_the_state(changes):
     assert (runs[0]["router.beta_coeff"] != 0).any()
 
 
-def test_activation_checkpointing_gives_the_same_bits():
+@pytest.mark.parametrize("signal", ["coherence", "first_order", "reap"])
+def test_activation_checkpointing_gives_the_same_bits(signal):
     def recompute(model, loop):
         for block in model.transformer.h:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         return model
 
-    plain = train(chrono(**CONFIG), beta=0.3, dropout=0.1)[1]
-    assert_same(train(chrono(**CONFIG), prepare=recompute, beta=0.3, dropout=0.1)[1], plain)
+    config = chrono(signal=signal, **CONFIG)
+    plain = train(config, beta=0.3, dropout=0.1)[1]
+    assert_same(train(config, prepare=recompute, beta=0.3, dropout=0.1)[1], plain)
 
 
-def test_model_and_loop_compiled_in_one_graph_each_train_as_eager_ones_do(monkeypatch):
+@pytest.mark.parametrize("signal", ["coherence", "first_order", "reap"])
+def test_model_and_loop_compiled_in_one_graph_each_train_as_eager_ones_do(signal, monkeypatch):
     def compiled(model, loop):
         return torch.compile(model, fullgraph=True, backend="aot_eager")
 
     monkeypatch.setattr(model_module, "linear_cross_entropy", partial(linear_cross_entropy, max_logits=64 * 50))
     options = dict(steps=3, beta=0.3, n_layer=2)
-    loop, eager = train(chrono(**CONFIG), **options)
+    config = chrono(signal=signal, **CONFIG)
+    loop, eager = train(config, **options)
     with fusion("aot_eager"), torch._dynamo.config.patch(capture_scalar_outputs=True):
-        other, found = train(chrono(**CONFIG), prepare=compiled, **options)
+        other, found = train(config, prepare=compiled, **options)
     torch.testing.assert_close(found["losses"], eager["losses"], rtol=1e-5, atol=0)
     torch.testing.assert_close(loop_state(other), loop_state(loop), rtol=1e-5, atol=1e-5)
 
@@ -106,11 +110,16 @@ def test_a_dense_model_with_auxiliary_losses_can_be_compiled():
     torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("changes", [{}, {"bridge_scope": "token", "use_noisy_top_k": True, "train_capacity": 1.0}])
+SIGNALS = [{"signal": name} for name in ("first_order", "reap", "walk")]
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"bridge_scope": "token", "use_noisy_top_k": True, "train_capacity": 1.0}, *SIGNALS]
+)
 def test_fused_functions_are_one_graph_each_and_compute_what_they_do_eagerly(changes):
     """Layer, statistics and loop. All layers share a graph, and a logged step has the statistics' graph of any step."""
-    model_changes = {k: v for k, v in changes.items() if k != "bridge_scope"}
-    config = chrono(**CONFIG | {k: v for k, v in changes.items() if k == "bridge_scope"})
+    model_changes = {k: v for k, v in changes.items() if k not in ("bridge_scope", "signal")}
+    config = chrono(**CONFIG | {k: v for k, v in changes.items() if k not in model_changes})
 
     def grouped(model, loop):
         for block in model.config.moe_blocks:

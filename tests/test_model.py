@@ -33,7 +33,7 @@ def test_capacity_follows_the_routers_current_top_k():
     for top_k, slots in ((1, 10), (2, 20), (8, 80)):
         moe.router.top_k = top_k
         assert moe.capacity(64) == slots
-        routing, kept, _ = moe(torch.randn(2, 32, 16), None, False)[1]
+        routing, kept, *_ = moe(torch.randn(2, 32, 16), None, False)[1]
         assert routing.tokens_per_expert.sum() == 64 * top_k
     assert torch.equal(kept, routing.tokens_per_expert)  # each expert gets all 64 tokens and has room for 80
 

@@ -1,7 +1,8 @@
 """The arms of a comparison: the settings that define each.
 
-`off` measures everything and leaves beta at 0. `on` is the closed loop. `shuffled` is a placebo: the beta of each
-expert follows the coherence of another expert.
+`off` measures everything and leaves beta at 0. `on` is the closed loop. Every other arm is named after the signal that
+beta follows (chronomoe/signals.py). `shuffled` is a placebo: the beta of each expert follows the coherence of another
+expert. `frozen` needs `chrono_spread`.
 
 `load` updates beta from load instead of coherence, as torchtitan updates the bias of auxiliary-loss-free load balancing
 (arXiv 2408.15664): rate times the sign of the load error, minus the mean over experts. It uses no auxiliary loss, no
@@ -15,23 +16,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from chronomoe.signals import SIGNALS
 from trainer.errors import UserError
 
 CUSTOM = "custom"  # the arm of a run whose settings match no other arm
 ARMS: dict[str, dict[str, Any]] = {
     "off": {"chrono_beta": False},
     "on": {"chrono_beta": True, "chrono_signal": "coherence"},
-    "shuffled": {"chrono_beta": True, "chrono_signal": "shuffled"},
-    "load": {
-        "chrono_beta": True,
-        "chrono_signal": "load",
-        "chrono_gates": "clean",
-        "chrono_eta": 1e-3,
-        "chrono_k_max": 10.0,
-        "chrono_bridge": False,
-        "use_aux_loss": False,
-    },
+    **{signal: {"chrono_beta": True, "chrono_signal": signal} for signal in SIGNALS if signal != "coherence"},
 }
+ARMS["load"] |= {
+    "chrono_gates": "clean",
+    "chrono_eta": 1e-3,
+    "chrono_k_max": 10.0,
+    "chrono_bridge": False,
+    "use_aux_loss": False,
+}
+DEFAULT_ARMS = ("off", "on", "shuffled", "load")  # of a study that does not name its arms
 
 
 def contradiction(arm: str, values: Mapping[str, Any]) -> str | None:

@@ -10,7 +10,7 @@ import hashlib
 import importlib.util
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,6 +23,8 @@ from tqdm import tqdm
 from trainer.distributed import World
 from trainer.errors import UserError, first_line
 from trainer.files import INCOMPLETE, open_regular, parse_json, read_text
+from trainer.settings import Settings, domain
+from trainer.streams import HELD_OUT, stream_seed
 from trainer.structure import brief, check_extent
 
 DATA = Path(__file__).parent.parent / "data"
@@ -130,6 +132,9 @@ class TokenData:
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
+Texts = dict[str, TokenData]  # the datasets of a run by name, that of validation first
+
+
 class BatchLoader:
     """The batches of a run, on the device. On a GPU a thread prepares the next batch during a step.
 
@@ -137,7 +142,8 @@ class BatchLoader:
     is no thread: it would compete with training.
 
     Args:
-        data: the token files.
+        texts: the token files.
+        schedule: (dataset, first step) of each phase of training.
         seed: of the run.
         batch_size: sequences per micro-batch.
         micro_batches: per step, over all ranks.
@@ -146,9 +152,16 @@ class BatchLoader:
     """
 
     def __init__(
-        self, data: TokenData, seed: int, batch_size: int, micro_batches: int, device: torch.device, world: World
+        self,
+        texts: Texts,
+        schedule: Sequence[tuple[str, int]],
+        seed: int,
+        batch_size: int,
+        micro_batches: int,
+        device: torch.device,
+        world: World,
     ):
-        self.data, self.seed, self.batch_size, self.device = data, seed, batch_size, device
+        self.texts, self.schedule, self.seed, self.batch_size, self.device = texts, schedule, seed, batch_size, device
         self.indices = range(world.rank, micro_batches, world.world_size)  # of this rank's micro-batches
         self._pool = ThreadPoolExecutor(1, "batches") if device.type == "cuda" else None
         self._next: tuple[tuple[int, int], Future[Batch]] | None = None
@@ -160,17 +173,26 @@ class BatchLoader:
             if self._next is not None and self._next[0] == (step, index):
                 batch = self._next[1].result()
             else:
-                batch = self._load("train", self.seed, step, index)
+                batch = self._load_training(self.seed, step, index)
             if self._pool is not None:
-                self._next = following, self._pool.submit(self._load, "train", self.seed, *following)
+                self._next = following, self._pool.submit(self._load_training, self.seed, *following)
             yield self._to_device(batch)
 
-    def validation(self, index: int) -> Batch:
-        """Validation batch `index`, which is the same for every run of a dataset."""
-        return self._to_device(self._load("val", EVAL_SEED, 0, index))
+    def validation(self, index: int, dataset: str | None = None) -> Batch:
+        """Validation batch `index` of a dataset, the same for every run; None: of the first dataset."""
+        data = self.texts[dataset] if dataset else next(iter(self.texts.values()))
+        return self._to_device(self._load(data, "val", EVAL_SEED, 0, index))
 
-    def _load(self, split: str, seed: int, step: int, index: int) -> Batch:
-        x, y = self.data.batch(split, seed, step, index, self.batch_size)
+    def held_out(self, step: int, index: int) -> Batch:
+        """Batch `index` of the training text of a step that is drawn apart from the training batches."""
+        return self._to_device(self._load_training(stream_seed(self.seed, HELD_OUT), step, index))
+
+    def _load_training(self, seed: int, step: int, index: int) -> Batch:
+        dataset = next(name for name, first in reversed(self.schedule) if first <= step)
+        return self._load(self.texts[dataset], "train", seed, step, index)
+
+    def _load(self, data: TokenData, split: str, seed: int, step: int, index: int) -> Batch:
+        x, y = data.batch(split, seed, step, index, self.batch_size)
         return (x.pin_memory(), y.pin_memory()) if self.device.type == "cuda" else (x, y)
 
     def _to_device(self, batch: Batch) -> Batch:
@@ -189,6 +211,31 @@ def open_dataset(name: str, block_size: int) -> TokenData:
         there = sorted(p.parent.name for p in DATA.glob("*/prepare.py"))
         raise UserError(f"no folder {folder} for dataset={name!r}; there are {', '.join(there)}, or give a path")
     return TokenData(folder, block_size)
+
+
+def open_texts(s: Settings) -> Texts:
+    """The datasets of a run's schedule, by name. Raises UserError if one cannot be read, or has another vocabulary."""
+    texts = {name: open_dataset(name, s.block_size) for name, _ in s.schedule}
+    first = texts[s.dataset]
+    for name, data in texts.items():
+        same = ("vocab_size", "tokenizer")
+        ours, theirs = ([d.meta.get(key) for key in same] for d in (first, data))
+        if ours != theirs:
+            raise UserError(
+                f"data_schedule: {name} has the tokenizer {theirs[1]!r} and a vocabulary of {theirs[0]}, {s.dataset} "
+                f"{ours[1]!r} and {ours[0]}: prepare them with the same tokenizer"
+            )
+    return texts
+
+
+def fingerprint(texts: Texts, known: dict[str, dict[str, Any]] | None = None) -> dict[str, dict[str, Any]]:
+    """`TokenData.fingerprint` of all datasets. Files of all but the first are named as 'prose/train.bin'."""
+    found: dict[str, dict[str, Any]] = {}
+    for i, (dataset, data) in enumerate(texts.items()):
+        prefix = f"{domain(dataset)}/" if i else ""
+        ours = {name.removeprefix(prefix): file for name, file in (known or {}).items() if name.startswith(prefix)}
+        found |= {prefix + name: file for name, file in data.fingerprint(ours).items()}
+    return found
 
 
 def is_prepared(folder: Path) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from chronomoe import MoETrace
 from trainer.errors import UserError
@@ -28,7 +28,7 @@ class GraphedBackward:
     `logged`. A graph reads and writes fixed addresses: zero the gradients in place, and keep the shapes of the inputs.
     """
 
-    def __init__(self, backward: Callable[[Tensor, Tensor, bool], MoETrace], parameters: Iterable[nn.Parameter]):
+    def __init__(self, backward: Callable[[Tensor, Tensor, bool], MoETrace], parameters: Iterable[Tensor]):
         self.backward = backward
         self.parameters = list(parameters)
         self.captured: dict[bool, Captured] = {}

@@ -10,31 +10,37 @@ import torch
 
 from chronomoe import ChronoConfig
 from chronomoe.bridge import bias_needed, reach
+from chronomoe.signals import SIGNALS
 from model import GPT
 from trainer import checkpoint
 from trainer.checkpointer import Checkpointer
-from trainer.data import SPLITS, TokenData
+from trainer.data import SPLITS, Texts
 from trainer.distributed import World
 from trainer.flops import peak
 from trainer.guard import Skipped
 from trainer.progress import Progress
 from trainer.settings import Settings
+from trainer.worth import WorthMeter
 
 
-def first_lines(s: Settings, model: GPT, data: TokenData, device: torch.device, world: World) -> list[str]:
+def first_lines(s: Settings, model: GPT, texts: Texts, device: torch.device, world: World) -> list[str]:
     """What the run does, and warnings about its settings."""
-    train_tokens, val_tokens = (len(data.tokens[split]) for split in SPLITS)
     parameters = model.get_num_params(non_embedding=False)
     c = model.config
     experts = f"{c.n_exp} experts in blocks {c.moe_blocks}, {c.top_k} per token" if c.n_exp > 1 else "dense"
     steps_on = ", ".join(s.chrono.steps_on()) or "all steps off"
-    lines = [
-        f"data: {data.folder.name}, {train_tokens:,} train and {val_tokens:,} val tokens, vocabulary {c.vocab_size}",
+    lines = []
+    for name, data in texts.items():
+        train_tokens, val_tokens = (len(data.tokens[split]) for split in SPLITS)
+        size = f"{data.folder.name}, {train_tokens:,} train and {val_tokens:,} val tokens, vocabulary {c.vocab_size}"
+        begins = [str(step) for dataset, step in s.schedule if dataset == name]
+        lines.append(f"data: {size}" + (f"; from step {', '.join(begins)}" if s.data_schedule else ""))
+    lines += [
         f"model: {parameters:,} parameters, {model.num_active_params():,} active per token; {experts}",
         f"run: {s.max_iters:,} steps of {s.tokens_per_step:,} tokens on {device} in {s.dtype}, "
         + (f"{world.world_size} ranks, " if world.world_size > 1 else "")
         + f"{torch.get_num_threads()} threads; writes to {s.out_dir}",
-        f"loop: {steps_on}" + (f"; beta follows {s.chrono.signal}" if s.chrono.beta else ""),
+        f"loop: {steps_on}" + (f"; beta follows {SIGNALS[s.chrono.signal].what}" if s.chrono.beta else ""),
     ]
     if c.n_exp > 1 and c.top_k == 1 and c.norm_topk_prob:
         lines.append(
@@ -69,7 +75,9 @@ def reach_line(chrono: ChronoConfig) -> str:
     )
 
 
-def last_lines(s: Settings, progress: Progress, checkpointer: Checkpointer, failure: Skipped | None) -> list[str]:
+def last_lines(
+    s: Settings, progress: Progress, checkpointer: Checkpointer, failure: Skipped | None, worth: WorthMeter | None
+) -> list[str]:
     """How the run ended, where its files are, and how to continue it."""
     out, step = Path(s.out_dir), progress.step
     is_stopped = step < s.max_iters
@@ -90,6 +98,10 @@ def last_lines(s: Settings, progress: Progress, checkpointer: Checkpointer, fail
         saved = checkpointer.saved_step
         newest = "there is no checkpoint" if saved is None else f"the newest checkpoint is of step {saved}"
         lines.append(f"the state of step {step} is not saved ({checkpointer.failure}); {newest}")
+    if worth is not None:
+        lines.append(
+            f"signal worth: {worth.count} measurements took {worth.seconds:.1f} s, which is not in time/step_ms"
+        )
     names = ["config.json", "metrics.jsonl", "decisions.jsonl", checkpoint.NAME, checkpoint.BEST]
     lines.append(f"the run is in {out}: {', '.join(name for name in names if (out / name).exists())}")
     if is_stopped and checkpoint.exists(out):

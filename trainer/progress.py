@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 Line = dict[str, float | None]
@@ -17,12 +18,12 @@ class Progress:
         self.pending: Line | None = {"step": 0}  # to be completed by an evaluation
         self.last_evaluation: tuple[int, float] | None = None  # (step, loss), of this start of the program
 
-    def evaluated(self, val_loss: float) -> tuple[Line, bool]:
-        """Complete the pending line with its validation loss. Returns the line, and whether the loss is the best.
+    def evaluated(self, losses: Mapping[str, float]) -> tuple[Line, bool]:
+        """Complete the pending line with its validation losses. Returns it, and whether 'val/loss' is the best so far.
 
         Step 0 is never the best, because it is not saved.
         """
-        line = (self.pending or {}) | {"val/loss": val_loss}
+        line, val_loss = {**(self.pending or {}), **losses}, losses["val/loss"]
         self.pending = None
         self.last_evaluation = self.step, val_loss
         is_best = self.step > 0 and val_loss < self.best_val_loss  # False for NaN

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from chronomoe.beta import derangement
 from chronomoe.config import THRESHOLDS
+from chronomoe.signals import SignalState
 from model import GPT
 from trainer import checkpoint, cli
 from trainer import settings as setting
@@ -237,9 +237,10 @@ def upgraded(saved: dict[str, Any], model: GPT) -> dict[str, Any]:
     groups = [group | {"fused": True, "foreach": None} for group in saved["optimizer"]["param_groups"]]
     saved["optimizer"] = saved["optimizer"] | {"param_groups": groups}
     chrono = saved.get("chrono")
-    if chrono and "shuffled" not in chrono:
-        # an older version did not save the permutation of signal 'shuffled'; it drew it from the run's seed
-        num_layers, num_experts = chrono["coherence"]["phi_slow"].shape
+    if chrono and "signals" not in chrono:
+        # an older version saved only the permutation of signal 'shuffled', or drew it from the run's seed
         seed = saved.get("config", {}).get("seed", 0)
-        saved["chrono"] = chrono | {"shuffled": {"follows": derangement(num_layers, num_experts, seed)}}
+        num_layers, num_experts = chrono["coherence"]["phi_slow"].shape
+        state = SignalState(num_layers, num_experts, model.config.chrono, seed).state_dict()
+        saved["chrono"] = chrono | {"signals": state | chrono.get("shuffled", {})}
     return saved

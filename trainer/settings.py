@@ -9,10 +9,12 @@ from __future__ import annotations
 import dataclasses
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from chronomoe.config import ChronoConfig, missing_steps
 from chronomoe.options import Option, option, options_of, same_option
+from chronomoe.schedule import parse_schedule
 from model import GPT2_MODELS, GPTConfig
 from trainer import cli
 from trainer.arms import ARMS, CUSTOM, arm_of, check_arm
@@ -105,6 +107,11 @@ class Settings:
         role="data",
         group="Data",
     )
+    data_schedule: str = option(
+        "",
+        "datasets by training step, as 'stdlib@0 prose@400 stdlib@800'; begins with `dataset`, which val/loss is of; "
+        "every evaluation measures all of them (val/prose/loss); empty: `dataset` in all steps",
+    )
     gradient_accumulation_steps: int = option(40, "micro-batches per step, over all ranks", least=1)
     batch_size: int = option(12, "sequences per micro-batch", least=1)
     block_size: int = same_option(GPTConfig, "block_size")
@@ -179,12 +186,33 @@ class Settings:
         role="numerics",
     )
 
+    worth_interval: int = option(
+        25,
+        "signal 'worth': steps between measurements, whose time is not in time/step_ms",
+        least=1,
+        only_with="chrono_beta",
+        group="Signals",
+    )
+    worth_batches: int = option(
+        2, "signal 'worth': batches of training text per measurement", least=1, only_with="chrono_beta"
+    )
+
     chrono: ChronoConfig = field(default_factory=ChronoConfig)
 
     def flat(self) -> dict[str, Any]:
         """All settings by key."""
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "chrono"}
         return own | {PREFIX + name: value for name, value in vars(self.chrono).items()}
+
+    @property
+    def schedule(self) -> list[tuple[str, int]]:
+        """(dataset, first training step) of each phase. Raises ValueError for a data_schedule that is malformed."""
+        return parse_schedule(self.data_schedule) if self.data_schedule else [(self.dataset, 0)]
+
+    @property
+    def measures_worth(self) -> bool:
+        """Whether training measures the worth of the experts."""
+        return self.chrono.coherence and self.chrono.signal == "worth"
 
     @property
     def own_tags(self) -> list[str]:
@@ -260,9 +288,38 @@ def from_values(values: dict[str, Any]) -> Settings:
         GPTConfig(**settings.model_args(vocab_size=1))
     except ValueError as e:
         raise UserError(str(e)) from None
+    _check_schedule(settings)
+    if settings.measures_worth and settings.top_k == settings.n_exp:
+        raise UserError(
+            f"{PREFIX}signal='worth' masks one expert at a time, and top_k={settings.top_k} needs all n_exp="
+            f"{settings.n_exp} experts: set a lower top_k"
+        )
     for tag in settings.own_tags:
         if len(tag) > MAX_TAG:
             raise UserError(f"wandb_tags: W&B accepts tags of up to {MAX_TAG} characters, not {len(tag)}: {tag!r}")
     check_arm(settings.arm, settings.flat())
     settings.arm = settings.arm or arm_of(settings.flat())
     return settings
+
+
+def _check_schedule(settings: Settings) -> None:
+    """Raises UserError unless data_schedule is empty, or well-formed and begins with dataset."""
+    try:
+        first = settings.schedule[0][0]
+    except ValueError as e:
+        raise UserError(f"data_schedule: {e}") from None
+    if first != settings.dataset:
+        raise UserError(
+            f"data_schedule={settings.data_schedule!r} begins with {first!r}, and dataset={settings.dataset!r}: they "
+            "must be the same"
+        )
+    names: dict[str, str] = {}
+    for dataset in dict(settings.schedule):
+        other = names.setdefault(domain(dataset), dataset)
+        if other != dataset:
+            raise UserError(f"data_schedule: {other} and {dataset} have one name in the logs, {domain(dataset)!r}")
+
+
+def domain(dataset: str) -> str:
+    """The name of a dataset in metrics: the last part of its path."""
+    return Path(dataset).name

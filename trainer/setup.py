@@ -18,7 +18,7 @@ from model import GPT, GPTConfig
 from trainer import checkpoint, messages
 from trainer import settings as setting
 from trainer.checkpointer import Checkpointer
-from trainer.data import BatchLoader, TokenData, open_dataset
+from trainer.data import BatchLoader, Texts, fingerprint, open_texts
 from trainer.device import (
     autocast_context,
     deterministic_algorithms,
@@ -41,6 +41,7 @@ from trainer.settings import Settings
 from trainer.step import TrainingStep
 from trainer.streams import DROPOUT_AND_NOISE, PERMUTATION, stream_seed
 from trainer.weights import start_from
+from trainer.worth import WorthMeter
 
 
 @dataclass
@@ -57,6 +58,7 @@ class Run:
     guard: NonFiniteGuard
     training_step: TrainingStep
     batches: BatchLoader
+    worth: WorthMeter | None  # only for signal 'worth'
     progress: Progress
     checkpointer: Checkpointer
     log: RunLog | NoLog
@@ -103,9 +105,10 @@ def set_up(given: dict[str, Any], world: World, interrupt: Interrupt, stack: con
         )
     if s.cuda_graphs and (device.type != "cuda" or world.world_size > 1):
         raise UserError("cuda_graphs=True needs CUDA and one rank")
-    data, files = _open_data(start, world)
-    check_memory(s, data.vocab_size, device)
-    model, optimizer, loop = build(s, data.vocab_size, device)
+    texts, files = _open_data(start, world)
+    vocab_size = texts[s.dataset].vocab_size
+    check_memory(s, vocab_size, device)
+    model, optimizer, loop = build(s, vocab_size, device)
     if start.weights is not None and start.weights_from is not None:
         start.notes += start_from(start.weights, start.weights_from, model)
         start.weights = None
@@ -135,14 +138,18 @@ def set_up(given: dict[str, Any], world: World, interrupt: Interrupt, stack: con
         grad_clip=s.grad_clip, autocast=autocast, forward=world.wrap_ddp(forward, device), world=world,
         cuda_graphs=s.cuda_graphs,
     )  # fmt: skip
-    batches = BatchLoader(data, s.seed, s.batch_size, s.gradient_accumulation_steps, device, world)
+    batches = BatchLoader(texts, s.schedule, s.seed, s.batch_size, s.gradient_accumulation_steps, device, world)
+    worth = None
+    if s.measures_worth:
+        worth = WorthMeter(model, loop, batches, s.worth_interval, s.worth_batches, autocast, world)
     run = Run(
-        s, world, interrupt, device, model, forward, loop, guard, step, batches, progress, checkpointer, NoLog(), start
-    )
+        s, world, interrupt, device, model, forward, loop, guard, step, batches, worth, progress, checkpointer,
+        NoLog(), start,
+    )  # fmt: skip
     if world.is_main and s.eval_only:
         run.log = ConsoleLog()
     elif world.is_main:
-        run.log = _open_log(run, data, files, record, stack)
+        run.log = _open_log(run, texts, files, record, stack)
     return run
 
 
@@ -157,23 +164,23 @@ def _lock_and_resolve(given: dict[str, Any], world: World, stack: contextlib.Exi
     return resolve_start(given, bool(restarted))
 
 
-def _open_data(start: Start, world: World) -> tuple[TokenData, dict[str, dict[str, Any]]]:
-    """The dataset, and on rank 0 its files' fingerprints. Rank 0 prepares and checks it first."""
-    s = start.settings
+def _open_data(start: Start, world: World) -> tuple[Texts, dict[str, dict[str, Any]]]:
+    """The run's datasets, and on rank 0 their files' fingerprints. Rank 0 prepares and checks them first."""
     if not world.is_main:
         world.barrier()
-    data = open_dataset(s.dataset, s.block_size)
+    texts = open_texts(start.settings)
     if start.saved is not None or start.weights is not None:
-        _use_vocabulary_of_weights(data, start)
-    files = data.fingerprint(known_files(start)) if world.is_main else {}
+        _use_vocabulary_of_weights(texts, start)
+    files = fingerprint(texts, known_files(start)) if world.is_main else {}
     check_data(start, files)
     if world.is_main:
         world.barrier()
-    return data, files
+    return texts, files
 
 
-def _use_vocabulary_of_weights(data: TokenData, start: Start) -> None:
-    """Set the vocabulary of data to that of the weights. Raises UserError if theirs is smaller."""
+def _use_vocabulary_of_weights(texts: Texts, start: Start) -> None:
+    """Set the vocabulary of the datasets to that of the weights. Raises UserError if theirs is smaller."""
+    data = texts[start.settings.dataset]
     if not isinstance(start.vocab_size, int):
         raise UserError(f"the checkpoint of init_from={start.settings.init_from!r} does not state its vocab_size")
     if start.vocab_size < data.meta.get("vocab_size", 0):
@@ -181,7 +188,8 @@ def _use_vocabulary_of_weights(data: TokenData, start: Start) -> None:
             f"the checkpoint has {start.vocab_size} token ids, the dataset {start.settings.dataset} has "
             f"{data.vocab_size}: use the dataset that it was trained on"
         )
-    data.vocab_size = start.vocab_size
+    for data in texts.values():
+        data.vocab_size = start.vocab_size
 
 
 def build(s: Settings, vocab_size: int, device: torch.device) -> tuple[GPT, torch.optim.AdamW, ChronoLoop]:
@@ -193,7 +201,7 @@ def build(s: Settings, vocab_size: int, device: torch.device) -> tuple[GPT, torc
 
 
 def _open_log(
-    run: Run, data: TokenData, files: dict[str, Any], record: dict[str, Any] | None, stack: contextlib.ExitStack
+    run: Run, texts: Texts, files: dict[str, Any], record: dict[str, Any] | None, stack: contextlib.ExitStack
 ) -> RunLog:
     """Start writing to out_dir, on rank 0: the log, config.json, and from now on checkpoints."""
     s, start, checkpointer = run.settings, run.start, run.checkpointer
@@ -202,7 +210,7 @@ def _open_log(
     environment = describe_environment() | {"ranks": run.world.world_size}
     data_sha256 = {name: f["sha256"] for name, f in files.items()}
     origin = {"weights_from": start.weights_from, "weights_sha256": start.weights_sha256}
-    resolved = s.flat() | environment | {"data_sha256": data_sha256, "vocab_size": data.vocab_size} | origin
+    resolved = s.flat() | environment | {"data_sha256": data_sha256, "vocab_size": texts[s.dataset].vocab_size} | origin
     this_start = {
         "step": run.progress.step,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -216,6 +224,6 @@ def _open_log(
     model_args = {name: value for name, value in vars(run.model.config).items() if name != "chrono"}
     constants = {"model_args": model_args, "config": s.flat(), "data": files, **origin}
     checkpointer.begin(log, constants, is_saved=record is not None and not start.damaged)
-    for line in [*messages.first_lines(s, run.model, data, run.device, run.world), *start.notes]:
+    for line in [*messages.first_lines(s, run.model, texts, run.device, run.world), *start.notes]:
         log.info(line)
     return log

@@ -73,7 +73,12 @@ class TrainingStep:
         self.autocast = autocast
         self.forward = model if forward is None else forward
         self.world = world or World()
-        self.backward = GraphedBackward(self._backward_of, model.parameters()) if cuda_graphs else self._backward_of
+        self.backward = self._backward_of
+        if cuda_graphs:
+            probe = model.router_state.probe
+            self.backward = GraphedBackward(
+                self._backward_of, [*model.parameters(), *([] if probe is None else [probe])]
+            )
 
     def __call__(
         self, batches: Iterable[tuple[Tensor, Tensor]], step: int, lr: float | None = None, logged: bool = True
@@ -91,7 +96,11 @@ class TrainingStep:
         if lr is not None:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-        trace = self._accumulate(batches, logged).summed_over_ranks()
+        trace = self._accumulate(batches, logged)
+        loss_scale = None
+        if self.model.router_state.probe is not None:  # the loss of a rank is not divided by the number of ranks
+            loss_scale = self.scaler.scale(trace.tokens.new_full((), self.world.world_size))
+        trace = self.loop.collect(trace, loss_scale)
         self.scaler.unscale_(self.optimizer)
         norms = self.guard.norms()
         grad_norm = torch.linalg.vector_norm(norms)

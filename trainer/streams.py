@@ -11,7 +11,8 @@ import hashlib
 import numpy as np
 
 DROPOUT_AND_NOISE = "dropout and router noise"  # by rank; by rank and step for a rank that joins on resume
-PERMUTATION = "permutation of signal 'shuffled'"
+PERMUTATION = "permutation of signal 'shuffled'"  # and all other random numbers of the signals
+HELD_OUT = "batches of training text for signal 'worth'"
 DAMAGE = "damage assay"  # of audit.py, by layer
 
 

@@ -18,12 +18,12 @@ import train
 from auditing import damage, healing, measure, report
 from auditing.cache import Cache
 from auditing.damage import Moved, detections, threshold
-from auditing.interventions import masked, moe_layer
 from auditing.twins import Twin
 from comparison.runs import load_run
 from tests.comparison.studies import change_config
 from tests.helpers.runs import ALL_ON, ROOT, arguments, differing, error_of, val_losses, write_skewed_dataset
 from trainer import checkpoint
+from trainer.interventions import masked, moe_layer
 from trainer.weights import build_model
 
 TINY = ALL_ON | dict(

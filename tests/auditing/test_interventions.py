@@ -10,12 +10,12 @@ import torch.nn.functional as F
 
 from auditing.cache import Cache
 from auditing.criteria import CRITERIA, scores
-from auditing.interventions import SUMS, Batch, masked
 from auditing.measure import Measured, observed, of_model
 from auditing.subsets import Rises, lowest, masked_sets
 from chronomoe import ChronoConfig
 from tests.helpers import reference
 from tests.helpers.models import build, chrono, tokens
+from trainer.interventions import SUMS, Batch, masked
 
 BRIDGE = dict(beta=0.7, bridge_scope="token", bridge_threshold=0.005)
 CASES = {

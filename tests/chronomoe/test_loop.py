@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from chronomoe import ChronoLoop, CoherenceBuffer, LifecycleCoordinator, RouterState, statistics
-from chronomoe.beta import derangement, update_beta
+from chronomoe.signals import derangement
 from tests.helpers import models, reference
 from tests.helpers.models import Operators, assert_same, build, chrono, loop_state, tokens, trace_of
 
@@ -25,7 +25,7 @@ def test_state_follows_plain_python_through_skipped_steps_absent_experts_and_a_r
     config = chrono(eta=0.1, tau=0.2, k_max=0.09375, bridge_threshold=0.2, **rates, **changes)
     L, E, was_clamped, was_weak = 2, 4, False, False
     loop = loop_of(config, L, E, seed=1)
-    layers = [reference.SlowLoop(config, follows) for follows in loop.follows.tolist()]
+    layers = [reference.SlowLoop(config, follows) for follows in loop.signals.follows.tolist()]
     assert loop.coherence.layer_phi().tolist() == [0, 0]
     for step in range(60):
         phi, kept = 2 * torch.rand(L, E) - 1, torch.randint(3, (L, E)) * torch.randint(2, (L, E))
@@ -73,18 +73,6 @@ def test_debiasing_is_accurate_in_float32_at_the_first_updates():
     for _ in range(30):
         buffer.update(trace_of([[0.37]], [[1]]), torch.tensor(True))
         assert buffer.phi("slow").item() == pytest.approx(0.37, rel=1e-4)
-
-
-def test_update_beta_alone_reads_the_buffer_and_refuses_a_signal_without_its_input():
-    config, ok = chrono(eta=0.2, tau=0.1), torch.tensor(True)
-    state, buffer = RouterState(1, 2, config), CoherenceBuffer(1, 2, config)
-    buffer.update(trace_of([[0.6, -0.4]], [[1, 1]]), ok)
-    update_beta(state, buffer, ok)
-    torch.testing.assert_close(state.beta_coeff, torch.tensor([[0.1, -0.1]]))
-    for signal in ("shuffled", "load"):
-        state.config = chrono(signal=signal)
-        with pytest.raises(ValueError, match=f"signal '{signal}' needs"):
-            update_beta(state, buffer, ok)
 
 
 def test_a_shuffled_expert_follows_another_one_by_a_permutation_from_the_seed():

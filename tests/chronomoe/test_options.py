@@ -14,7 +14,7 @@ from tests.helpers.runs import ALL_ON, TINY, arguments, checkpoint, write_datase
 from trainer.settings import Settings, keys
 
 WRONG = [
-    (ChronoConfig, dict(signal="laod"), "must be one of 'coherence', 'shuffled', 'load'; did you mean 'load'?"),
+    (ChronoConfig, dict(signal="laod"), "'reap', 'worth'; did you mean 'load'?"),
     (ChronoConfig, dict(bridge_threshold=0), "bridge_threshold=0.0 must be a number above 0 or None"),
     (ChronoConfig, dict(eta=float("nan")), "eta=nan must be a number"),
     (ChronoConfig, dict(tau=1.5), "tau=1.5 must be a number at least -1 and at most 1"),

@@ -56,7 +56,8 @@ def test_ranks_get_their_micro_batches_also_if_they_are_prefetched(world_size, d
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
     monkeypatch.setattr(BatchLoader, "_to_device", lambda self, pair: moved.append(self.device.type) or pair)
     for rank in range(world_size):
-        loader = BatchLoader(data, 7, 4, 6, torch.device(device), SimpleNamespace(rank=rank, world_size=world_size))
+        world = SimpleNamespace(rank=rank, world_size=world_size)
+        loader = BatchLoader({"text": data}, [("text", 0)], 7, 4, 6, torch.device(device), world)
         threads.clear()
         for step in (0, 1, 2, 9, 3):  # steps 0, 9 and 3 are not announced by the step before
             expected = [batch("train", 7, step, index, 4) for index in range(6) if index % world_size == rank]

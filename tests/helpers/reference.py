@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from statistics import fmean, variance
+from statistics import fmean, pstdev, variance
 
 import torch
 import torch.nn.functional as F
@@ -130,4 +130,41 @@ class SlowLoop:
         if c.center or c.signal == "load":
             mean = sum(drift) / max(sum(moves), 1)
             drift = [(d - mean) * m for d, m in zip(drift, moves)]
+        self.beta = [max(-c.k_max, min(c.k_max, b + d)) for b, d in zip(self.beta, drift)]
+
+
+class SlowSignal:
+    """Step 3 of one layer for signals with a score, in plain Python."""
+
+    def __init__(self, config):
+        self.config = config
+        self.ema: dict[int, float] = {}
+        self.count: dict[int, int] = {}
+        self.beta: list[float] = []
+
+    def score(self) -> list[float]:
+        experts, a = range(len(self.beta)), self.config.alpha_slow
+        shrunk = [1 - a ** self.count.get(e, 1) if self.config.ema_debias else 1 for e in experts]
+        return [self.ema.get(e, 0.0) / s for e, s in zip(experts, shrunk)]
+
+    def update(self, raw: list[float], phi_slow: list[float], updated: list[bool], ok: bool) -> None:
+        c = self.config
+        self.beta = self.beta or [0.0] * len(raw)
+        if not ok:
+            return
+        for e, value in enumerate(raw):
+            if updated[e] and math.isfinite(value):
+                self.ema[e] = c.alpha_slow * self.ema.get(e, 0.0) + (1 - c.alpha_slow) * value
+                self.count[e] = self.count.get(e, 0) + 1
+        score, known = self.score(), sorted(self.count)
+        if c.signal == "leave_one_out":
+            drift = [c.eta * (s - c.tau) for s in score]
+        else:
+            mean, spread = fmean(score[e] for e in known), pstdev([score[e] for e in known])
+            speed = c.eta * pstdev([phi_slow[e] for e in known])
+            drift = [speed * (s - mean) / spread if e in known and spread > 0 else 0.0 for e, s in enumerate(score)]
+        drift = [d * u for d, u in zip(drift, updated)]
+        if c.center:
+            common = sum(drift) / max(sum(updated), 1)
+            drift = [(d - common) * u for d, u in zip(drift, updated)]
         self.beta = [max(-c.k_max, min(c.k_max, b + d)) for b, d in zip(self.beta, drift)]

@@ -32,11 +32,11 @@ def recorded(monkeypatch):
     return count
 
 
-@pytest.mark.parametrize("micro_batches", [1, 3])
-def test_replayed_steps_leave_the_same_bits_as_steps_without_graphs(micro_batches, recorded):
+@pytest.mark.parametrize(("micro_batches", "signal"), [(1, "coherence"), (3, "first_order")])
+def test_replayed_steps_leave_the_same_bits_as_steps_without_graphs(micro_batches, signal, recorded):
     states = []
     for cuda_graphs in (False, True):
-        model, loop = build(chrono(eta=0.1), dropout=0.1, use_noisy_top_k=True)
+        model, loop = build(chrono(eta=0.1, signal=signal), dropout=0.1, use_noisy_top_k=True)
         step = training_step(model, loop, adamw(model), micro_batches=micro_batches, cuda_graphs=cuda_graphs)
         torch.manual_seed(0)
         batches = [tokens(seed, batch=4) for seed in range(micro_batches)]

@@ -65,6 +65,12 @@ SETTINGS = [
     dict(bridge_scope="token", bridge_signal="overlap"),
     dict(signal="load", gates="clean"),
     dict(signal="shuffled", center=True, reference="leave_one_out", ema_debias=False),
+    dict(signal="first_order", ramp="0@0 1@5 0@9"),
+    dict(signal="reap", center=True),
+    dict(signal="walk"),
+    dict(signal="frozen", spread=0.1),
+    dict(signal="leave_one_out"),
+    dict(signal="worth"),
 ]
 
 

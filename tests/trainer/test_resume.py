@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import train
-from chronomoe.beta import derangement
+from chronomoe.signals import derangement
 from model import GPT, GPTConfig
 from tests.helpers import models, runs
 from trainer.checkpointer import Checkpointer
@@ -379,7 +379,7 @@ def test_the_permutation_is_drawn_from_its_stream_and_the_initial_weights_from_t
     keys = dict(n_layer=4, n_head=2, n_embd=16, n_exp=8, block_size=16, seed=5, chrono_signal="shuffled")
     s = from_values(keys | runs.ALL_ON)
     model, _, loop = build(s, 61, torch.device("cpu"))
-    assert torch.equal(loop.follows, derangement(2, 8, stream_seed(5, PERMUTATION)))
+    assert torch.equal(loop.signals.follows, derangement(2, 8, stream_seed(5, PERMUTATION)))
     other = GPT(GPTConfig(**s.model_args(61)), torch.Generator().manual_seed(5))
     models.assert_same(dict(model.named_parameters()), dict(other.named_parameters()))
 
@@ -390,9 +390,9 @@ def test_noise_has_a_stream_and_a_resumed_shuffled_run_keeps_its_permutation(is_
     assert start(out, **settings, max_iters=2) == 0
     assert torch.initial_seed() == stream_seed(5, DROPOUT_AND_NOISE, 0)
     saved = runs.checkpoint(out)
-    follows = saved["chrono"].pop("shuffled")["follows"]
+    follows = saved["chrono"].pop("signals")["follows"]
     expected = derangement(*follows.shape, 99 if is_saved else 5)
     saved["chrono"] |= {"shuffled": {"follows": expected}} if is_saved else {}
     torch.save(saved, out / "ckpt.pt")
     assert start(out, **settings, init_from="resume") == 0
-    assert torch.equal(runs.checkpoint(out)["chrono"]["shuffled"]["follows"], expected)
+    assert torch.equal(runs.checkpoint(out)["chrono"]["signals"]["follows"], expected)

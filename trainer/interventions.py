@@ -119,8 +119,9 @@ class Batch:
         with contextlib.ExitStack() as stack, torch.set_grad_enabled(criteria):
             for block in self.biases:
                 layer = moe_layer(model, block)
+                norm: nn.Module = model.transformer.h[block].ln_2
                 for module, name, what in (
-                    (model.transformer.h[block].ln_2, "residual", lambda inputs, _: inputs[0].detach()),
+                    (norm, "residual", lambda inputs, _: inputs[0].detach()),
                     (layer.router, "routing", gates_with_gradient),
                     (layer.router, "tokens", lambda inputs, _: inputs[0].detach()),
                     (layer.experts, "plan", lambda inputs, _: inputs[1]),
