@@ -32,7 +32,7 @@ def read_options(arguments: list[str], usage: str, out: Path, names: tuple[str, 
     @dataclass
     class Declared:
         out: str | None = option(None, "folder to write to; None: the folder of this script")
-        input: str | None = option(None, "downloaded text to read; None: download it")
+        input: str | None = option(None, "text to read; None: the dataset's usual source")
         tokenizer: str = option("bytes", "'bytes': one token per byte; 'gpt2': GPT-2's BPE", choices=TOKENIZERS)
         jobs: int | None = option(None, "processes that tokenize; None: one per CPU core", least=1)
         force: bool = option(False, "prepare the dataset again even if it is complete")
@@ -51,6 +51,18 @@ def read_options(arguments: list[str], usage: str, out: Path, names: tuple[str, 
         jobs=given.get("jobs") or _cores(),
         force=given.get("force", False),
     )
+
+
+def asks_for_help(arguments: list[str], usage: str) -> bool:
+    """Parse the command line of a preparer without options. Prints `usage` for --help, and then returns True.
+
+    Raises UserError for any other argument.
+    """
+    if cli.asks_for_help(arguments):
+        print(usage)
+        return True
+    cli.parse(arguments, {})
+    return False
 
 
 def _cores() -> int:

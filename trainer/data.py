@@ -6,6 +6,7 @@ over any number of ranks, without saving a position in the data.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.util
 import os
@@ -201,9 +202,12 @@ class BatchLoader:
 
 
 def open_dataset(name: str, block_size: int) -> TokenData:
-    """Open the dataset `name` under data/, or a path. 'stdlib' is prepared first if it is missing or incomplete."""
+    """Open the dataset `name` under data/, or a path.
+
+    If a dataset under data/ is missing or incomplete, and its prepare.py defines prepare(..., unless), it is prepared.
+    """
     folder = DATA / name
-    if name == "stdlib" and not is_prepared(folder):
+    if name == folder.name and not is_prepared(folder) and defines_prepare(folder / "prepare.py"):
         load_prepare(folder / "prepare.py").prepare(folder, unless=lambda: is_prepared(folder))
     if not os.path.isdir(folder) and os.path.isdir(name):
         folder = Path(name)
@@ -246,6 +250,16 @@ def is_prepared(folder: Path) -> bool:
         return False
     except (OSError, ValueError, TypeError):  # read_meta reports what is wrong
         return True
+
+
+def defines_prepare(path: Path) -> bool:
+    """Whether a prepare.py defines prepare(..., unless). It is not run: nanoGPT's scripts download when imported."""
+    try:
+        body = ast.parse(path.read_bytes()).body
+    except (OSError, SyntaxError, ValueError):
+        return False
+    functions = (node for node in body if isinstance(node, ast.FunctionDef) and node.name == "prepare")
+    return any(argument.arg == "unless" for function in functions for argument in function.args.args)
 
 
 def load_prepare(path: Path) -> Any:

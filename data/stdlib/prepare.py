@@ -17,8 +17,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data.corpus import Document, split_of, texts_of, write_corpus
+from data.options import asks_for_help
 from data.tokenizer import TiktokenCodec, byte_encoding
-from trainer import cli
 from trainer.errors import UserError, run_script
 
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -54,11 +54,8 @@ def prepare(out: Path, root: Path | None = None, unless: Callable[[], bool] | No
 
 
 def main(arguments: list[str]) -> None:
-    if cli.asks_for_help(arguments):
-        print(__doc__)
-        return
-    cli.parse(arguments, {})  # there are no options
-    prepare(Path(__file__).resolve().parent)
+    if not asks_for_help(arguments, __doc__):
+        prepare(Path(__file__).resolve().parent)
 
 
 if __name__ == "__main__":
