@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -119,7 +119,7 @@ class Batch:
         with contextlib.ExitStack() as stack, torch.set_grad_enabled(criteria):
             for block in self.biases:
                 layer = moe_layer(model, block)
-                norm: nn.Module = model.transformer.h[block].ln_2
+                norm = cast(nn.Module, model.transformer.h[block].ln_2)
                 for module, name, what in (
                     (norm, "residual", lambda inputs, _: inputs[0].detach()),
                     (layer.router, "routing", gates_with_gradient),
