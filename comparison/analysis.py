@@ -1,22 +1,29 @@
 """Outcomes, contrasts and verdicts of a comparison, fixed before any run.
 
-Only one outcome has a verdict: the validation loss. Its two contrasts are tested in a fixed sequence: `on` against
-`off` at 5%, then `on` against `shuffled` at 5%, only if the first test finds an effect. So a study without any effect
-reports one in at most 5% of cases. All other contrasts are described by intervals and have no verdict.
+Only one outcome has a verdict: the validation loss; if the text changes on the way (`data_schedule`), the loss in the
+first text after training on the second; if the strength of beta rises and falls (`chrono_ramp`), the difference of Neff
+between the two branches. Its two contrasts are tested in a fixed sequence: `on` against `off` at 5%, then
+`on` against `shuffled` at 5%, only if the first test finds an effect. So a study without any effect reports one in at
+most 5% of cases. All other contrasts are described by intervals and have no verdict.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import numpy as np
+
+from chronomoe.schedule import parse_ramp, parse_schedule
 from comparison.runs import Arms, Run, confounders, machine_difference, pairs
 from comparison.statistics import MAX_PAIRS, MIN_PAIRS, POWER, Contrast, contrast, pairs_needed
+from trainer.arms import ARMS
+from trainer.settings import domain
 
 PRIMARY = "mean validation loss of the last quarter"
 FIRST, SECOND = ("on", "off"), ("on", "shuffled")  # tested contrasts of the primary outcome, in this order
-OTHERS = (("shuffled", "off"), ("load", "off"))  # contrasts that are only described
+UPPER_BOUND = "worth"  # the arm whose beta follows what coherence is meant to predict
 CHANCE = (
     "runs with nearly the same routing diverge by chance and end 0.01 to 0.02 nats apart (seen with config/study.py "
     "and vertical_slice.py)"
@@ -30,6 +37,7 @@ class Outcome:
     name: str
     unit: str
     of: Callable[[Run], float]
+    what: str = "validation loss"  # in the conclusion, for the primary outcome
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,7 @@ class Row:
 class Analysis:
     """All contrasts of a comparison."""
 
+    outcome: Outcome  # the primary one
     primary: list[Row]  # FIRST and SECOND, if their arms exist
     described: list[Row]  # other contrasts of the primary outcome, then other outcomes
     check: list[Row]  # layer coherence, which shows whether beta acted
@@ -86,8 +95,13 @@ def last_quarter(run: Run, name: str) -> float:
 
 def steps_to_loss(run: Run, target: float) -> float:
     """Step at which the validation loss first reaches target, linear between evaluations; NaN if it never does."""
+    return first_crossing(zip(*run.series("val/loss")), target)
+
+
+def first_crossing(series: Iterable[tuple[int, float]], target: float) -> float:
+    """Step at which a loss first reaches target, linear between evaluations; NaN if it never does."""
     before = None
-    for step, loss in zip(*run.series("val/loss")):
+    for step, loss in series:
         if loss <= target:
             if before is None:
                 return float(step)
@@ -97,18 +111,147 @@ def steps_to_loss(run: Run, target: float) -> float:
     return math.nan
 
 
+@dataclass(frozen=True)
+class Phase:
+    """Steps of training on one text."""
+
+    domain: str  # the name of the dataset in metrics
+    start: int
+    end: int
+
+    def last_quarter(self, run: Run, domain: str) -> float:
+        """Mean validation loss of a domain over the last quarter of this phase; NaN without values."""
+        series = zip(*run.series(f"val/{domain}/loss"))
+        values = [loss for step, loss in series if self.end - (self.end - self.start) / 4 < step <= self.end]
+        return sum(values) / len(values) if values else math.nan
+
+
+def phases(run: Run) -> list[Phase]:
+    """The phases of a run's data_schedule that it has reached; empty without one."""
+    schedule = run.config.get("data_schedule") or ""
+    parts = [(domain(name), step) for name, step in parse_schedule(schedule) if step < run.steps] if schedule else []
+    changes = [part for i, part in enumerate(parts) if i == 0 or part[0] != parts[i - 1][0]]
+    ends = [step for _, step in changes[1:]] + [run.steps]
+    return [Phase(name, start, end) for (name, start), end in zip(changes, ends)]
+
+
+def shift_outcomes(first: Phase, second: Phase, third: Phase | None) -> tuple[Outcome, list[Outcome]]:
+    """(primary, others) of runs whose text changes: what is forgotten of the first text, and how soon it comes back."""
+    old, new = first.domain, second.domain
+
+    def steps_back(run: Run) -> float:
+        steps, losses = run.series(f"val/{old}/loss")
+        before = dict(zip(steps, losses)).get(first.end, math.nan)
+        after = [(step - second.end, loss) for step, loss in zip(steps, losses) if step >= second.end]
+        return first_crossing(after, before)
+
+    primary = Outcome(
+        f"mean validation loss in {old} over the last quarter of the {new} phase",
+        "nats",
+        lambda run: second.last_quarter(run, old),
+        f"loss in {old} after training on {new}",
+    )
+    others = [
+        Outcome(
+            f"mean validation loss in {new} over the last quarter of its phase",
+            "nats",
+            lambda run: second.last_quarter(run, new),
+        )
+    ]
+    if third is not None and third.domain == old:
+        others += [
+            Outcome(f"steps on {old} until its loss is what it was before {new}", "steps", steps_back),
+            Outcome(
+                f"mean validation loss in {old} over the last quarter of its second phase",
+                "nats",
+                lambda run: third.last_quarter(run, old),
+            ),
+        ]
+    return primary, others
+
+
+LEVELS = [i / 10 for i in range(1, 10)]  # shares of the ramp's highest strength at which its branches are compared
+
+
+def strengths(run: Run) -> tuple[list[int], list[float]]:
+    """(steps, strength of beta) at the logged steps of a run with a ramp."""
+    values, at = zip(*parse_ramp(run.config["chrono_ramp"]))
+    steps = [line["step"] for line in run.lines]
+    return steps, np.interp(steps, at, values).tolist()
+
+
+def between_branches(run: Run, name: str) -> float:
+    """Mean of a metric where the strength of beta falls, minus where it rises, at equal strengths; NaN without values.
+
+    The mean is over LEVELS, and over layers. Between logged steps metric and strength are linear.
+    """
+    steps, strength = strengths(run)
+    means = {step: sum(v) / len(v) for step, v in run.values(name).items()}
+    points = [(s, means[step]) for step, s in zip(steps, strength) if step in means]
+    top = max(range(len(points)), key=lambda i: points[i][0], default=0)
+    rising, falling = points[: top + 1], points[top:][::-1]
+    if min(len(rising), len(falling)) < 2:
+        return math.nan
+    levels = [level * points[top][0] for level in LEVELS]
+    if max(rising[0][0], falling[0][0]) > levels[0]:
+        return math.nan
+    down, up = (np.interp(levels, *zip(*branch)) for branch in (falling, rising))
+    return float((down - up).mean())
+
+
+def ramp_outcomes() -> tuple[Outcome, list[Outcome]]:
+    """(primary, others) of runs whose strength of beta rises and falls."""
+
+    def outcome(name: str, metric: str, unit: str) -> Outcome:
+        return Outcome(
+            f"{name} where beta's strength falls, minus where it rises",
+            unit,
+            lambda run: between_branches(run, metric),
+            "difference of Neff between falling and rising strength",
+        )
+
+    others = [outcome("validation loss", "val/loss", "nats"), outcome("load CV", "load_cv", "")]
+    return outcome("Neff", "neff", "experts"), others
+
+
+def is_ramp(run: Run) -> bool:
+    """Whether the strength of beta rises and then falls in a run."""
+    ramp = run.config.get("chrono_ramp")
+    values = [value for value, _ in parse_ramp(ramp)] if ramp else []
+    top = values.index(max(values)) if values else 0
+    return (
+        0 < top < len(values) - 1
+        and values[:top] == sorted(values[:top])
+        and values[top:] == sorted(values[top:])[::-1]
+    )
+
+
 def outcomes(runs: list[Run]) -> tuple[Outcome, list[Outcome], Outcome]:
     """(primary, others, check). The check shows whether beta acted. Beta selects for it, so it is not an outcome."""
+    shared = phases(runs[0])
+    if len(shared) > 1 and all(phases(run) == shared for run in runs):
+        primary, others = shift_outcomes(shared[0], shared[1], shared[2] if len(shared) > 2 else None)
+    elif all(is_ramp(run) for run in runs):
+        primary, others = ramp_outcomes()
+    else:
+        primary, others = loss_outcomes(runs)
+    others += [
+        Outcome("mean Neff of the last quarter", "experts", lambda run: last_quarter(run, "neff")),
+        Outcome("mean load CV of the last quarter", "", lambda run: last_quarter(run, "load_cv")),
+    ]
+    check = Outcome("mean layer coherence of the last quarter", "", lambda run: last_quarter(run, "layer"))
+    return primary, others, check
+
+
+def loss_outcomes(runs: list[Run]) -> tuple[Outcome, list[Outcome]]:
+    """(primary, others) of runs on one text."""
     target = max(run.series("val/loss")[1][-1] for run in runs)
     primary = Outcome(PRIMARY, "nats", lambda run: last_quarter(run, "val/loss"))
     others = [
         Outcome("final validation loss", "nats", lambda run: run.series("val/loss")[1][-1]),
-        Outcome("mean Neff of the last quarter", "experts", lambda run: last_quarter(run, "neff")),
-        Outcome("mean load CV of the last quarter", "", lambda run: last_quarter(run, "load_cv")),
         Outcome(f"steps to a validation loss of {target:.3f}", "steps", lambda run: steps_to_loss(run, target)),
     ]
-    check = Outcome("mean layer coherence of the last quarter", "", lambda run: last_quarter(run, "layer"))
-    return primary, others, check
+    return primary, others
 
 
 def margin_of(arms: Arms, a: str, b: str) -> float | None:
@@ -122,7 +265,8 @@ def analyse(arms: Arms, lost: dict[str, set[str]] | None = None) -> Analysis:
     primary, others, check = outcomes([run for members in arms.values() for run in members.values()])
     mixed: list[str] = []
     single: dict[tuple[str, str], tuple[int, float]] = {}
-    differ = {(a, b): confounders(arms, a, b) for a, b in (FIRST, SECOND, *OTHERS) if a in arms and b in arms}
+    others_to_off = tuple((arm, FIRST[1]) for arm in ARMS if arm not in FIRST)
+    differ = {(a, b): confounders(arms, a, b) for a, b in (FIRST, SECOND, *others_to_off) if a in arms and b in arms}
 
     def rows(outcome: Outcome, contrasts: tuple[tuple[str, str], ...]) -> list[Row]:
         return [r for names in contrasts if names in differ and (r := row(outcome, *names)) is not None]
@@ -139,11 +283,16 @@ def analyse(arms: Arms, lost: dict[str, set[str]] | None = None) -> Analysis:
         margin = margin_of(arms, a, b) if outcome is primary else None
         return Row(outcome, a, b, finite, contrast(list(finite.values()), margin), differ[a, b])
 
-    described = rows(primary, OTHERS)
-    described += [r for outcome in others for r in rows(outcome, (FIRST, SECOND))]
+    described = rows(primary, others_to_off)
+    has_shift = primary.name != PRIMARY
+    described += [
+        r for outcome in others for r in rows(outcome, (FIRST, SECOND, *(others_to_off if has_shift else ())))
+    ]
     rounding = [line for a, b in differ if (line := machine_difference(arms, a, b))]
     tested = rows(primary, (FIRST, SECOND))
-    return Analysis(tested, described, rows(check, (FIRST, SECOND)), mixed, rounding, lost or {}, single, differ)
+    return Analysis(
+        primary, tested, described, rows(check, (FIRST, SECOND)), mixed, rounding, lost or {}, single, differ
+    )
 
 
 def why_no_verdict(analysis: Analysis, arms: tuple[str, str]) -> str | None:
@@ -176,7 +325,8 @@ def verdict(analysis: Analysis, r: Row) -> str:
     p = f"{'exact' if c.is_exact else 'sampled'} p = {c.p:.3g}"
     if c.is_effect:
         size = f", by less than the margin of {c.margin:g}" if c.is_equivalent else ""
-        return f"{what}. An effect ({p}): the loss is {_direction(c)} with '{r.a}' than with '{r.b}'{size}."
+        it = "the loss" if r.outcome.unit == "nats" else "it"
+        return f"{what}. An effect ({p}): {it} is {_direction(c)} with '{r.a}' than with '{r.b}'{size}."
     if c.is_equivalent:
         return (
             f"{what}. No effect larger than the margin of {c.margin:g} {r.outcome.unit}: two one-sided tests, "
@@ -190,7 +340,9 @@ def single_pair(analysis: Analysis, a: str, b: str) -> str:
     seed, difference = analysis.single[a, b]
     if analysis.confounders.get((a, b)):
         return f"{a} against {b}: the losses of the pair (seed {seed}) are not compared."
-    return f"{a} against {b}: the {PRIMARY} differs by {number(difference)} nats in one pair (seed {seed})."
+    return (
+        f"{a} against {b}: the {analysis.outcome.name} differs by {number(difference)} nats in one pair (seed {seed})."
+    )
 
 
 def number(value: float) -> str:
@@ -227,25 +379,40 @@ def conclusion(analysis: Analysis) -> str:
     if reason is not None:
         is_small = first is not None and not first.contrast.is_enough
         return f"No verdict: {reason}" + (f": {CHANCE}." if is_small else ".")
-    c = first.contrast
+    c, what = first.contrast, analysis.outcome.what
     if not c.is_effect:
         if c.is_equivalent:
-            return f"Beta has no effect on the validation loss larger than the margin of {c.margin:g} nats."
-        return f"Undecided: beta may lower the validation loss, raise it or do neither; {what_would_decide(c)}."
-    effect = f"Beta {'lowers' if c.mean < 0 else 'raises'} the validation loss"
+            return f"Beta has no effect on the {what} larger than the margin of {c.margin:g} nats."
+        return f"Undecided: beta may lower the {what}, raise it or do neither; {what_would_decide(c)}."
+    effect = f"Beta {'lowers' if c.mean < 0 else 'raises'} the {what}"
     effect += f", by less than the margin of {c.margin:g} nats" if c.is_equivalent else ""
     reason = why_no_verdict(analysis, SECOND)
     if reason is not None:
         return f"{effect}; whether coherence is the cause is not known ({SECOND[0]} against {SECOND[1]}: {reason})."
     placebo = "a beta that follows another expert's coherence"
+    it = "the loss" if analysis.outcome.unit == "nats" else "it"
     if second.contrast.is_effect:
-        return f"{effect}, and the loss is {_direction(second.contrast)} than with {placebo}."
+        return f"{effect}, and {it} is {_direction(second.contrast)} than with {placebo}."
     if second.contrast.is_equivalent:
         return (
             f"{effect}. {placebo.capitalize()} gives the same loss within the margin of {c.margin:g} nats, so "
             "coherence is not the cause of more than that."
         )
-    return f"{effect}; whether the loss differs from that with {placebo} is undecided."
+    return f"{effect}; whether {it} differs from that with {placebo} is undecided."
+
+
+def upper_bound(analysis: Analysis) -> str | None:
+    """What the arm whose beta follows the measured worth says about every signal; None without enough pairs."""
+    contrast = (UPPER_BOUND, FIRST[1])
+    r = next((r for r in analysis.described if (r.a, r.b) == contrast and r.outcome is analysis.outcome), None)
+    if r is None or not r.contrast.is_enough or r.confounders:
+        return None
+    c = r.contrast
+    gain = f"a gain larger than {-c.low:.4f} nats is excluded" if c.low < 0 else "a gain is excluded"
+    return (
+        f"Upper bound: with a beta that follows the measured worth of the experts, the {r.outcome.name} differs by "
+        f"{number(c.mean)} nats from '{r.b}' (95% interval {number(c.low)} to {number(c.high)}); {gain}."
+    )
 
 
 POWER_COLUMN = f"effect detected in {POWER:.0%} of studies"

@@ -5,6 +5,7 @@ The page draws them with the colour of its text (`ON_PAGE`); a PNG has a white g
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +14,17 @@ import altair as alt
 import vl_convert
 from altair import Undefined
 
-from comparison.analysis import Row
+from comparison.analysis import Row, is_ramp, strengths
 from comparison.probe import Probe
 from comparison.runs import Arms, Run, pairs
+from trainer.arms import ARMS, CUSTOM, DEFAULT_ARMS
 
-COLOURS = {"off": "#808080", "on": "#2f7fc1", "shuffled": "#c9650b", "load": "#2f8f43", "custom": "#9a5fc0"}
+MORE = ("#b5476b", "#0d8a8a", "#8a6d3b", "#6f7d1c", "#7a6fd0", "#c0562f")
+COLOURS = {  # of the arms, in the order in which they are drawn
+    **{"off": "#808080", "on": "#2f7fc1", "shuffled": "#c9650b", "load": "#2f8f43"},
+    **dict(zip((arm for arm in ARMS if arm not in DEFAULT_ARMS), itertools.cycle(MORE))),
+    CUSTOM: "#9a5fc0",
+}
 MAX_POINTS = 200, 24_000  # of one line, of one figure
 WIDTH = 620  # of a PNG without its axis labels, in CSS pixels
 
@@ -192,7 +199,7 @@ def differences(rows: list[Row]) -> alt.LayerChart:
     y = alt.Y("contrast:N", sort=names, title=None)
 
     def x(field: str) -> alt.X:
-        return alt.X(f"{field}:Q", title=f"difference in loss, {rows[0].outcome.unit}", axis=alt.Axis(tickCount=5))
+        return alt.X(f"{field}:Q", title=f"difference, {rows[0].outcome.unit}", axis=alt.Axis(tickCount=5))
 
     numbers = [alt.Tooltip(f"{field}:Q", format="+.4f") for field in ("mean", "low", "high")]
     layers = []
@@ -209,6 +216,38 @@ def differences(rows: list[Row]) -> alt.LayerChart:
     points = chart(dots).mark_circle(color=COLOURS["on"], size=55, opacity=0.9)
     layers.append(points.encode(x("difference"), y, tooltip=tooltip))
     return alt.layer(*layers).properties(height=alt.Step(52))
+
+
+def ramp(arms: Arms) -> list[alt.LayerChart] | None:
+    """Metrics against the strength of beta, where it rises and where it falls; None unless all runs have a ramp."""
+    if not all(is_ramp(run) for members in arms.values() for run in members.values()):
+        return None
+    labels = {"neff": "Neff, experts", "flip": "tokens whose first expert changed, share", "val/loss": "loss, nats"}
+    panels = []
+    for metric, label in labels.items():
+        rows = []
+        for arm, members in arms.items():
+            for run in members.values():
+                strength = dict(zip(*strengths(run)))
+                top = max(strength, key=lambda step: strength[step])
+                rows += [
+                    {"arm": arm, "seed": run.seed, "strength": round(strength[step], 6), label: sum(v) / len(v)}
+                    | {"branch": branch}
+                    for step, v in run.values(metric).items()
+                    for branch in (["rises"] * (step <= top) + ["falls"] * (step >= top))
+                ]
+        if not rows:
+            continue
+        x = alt.X("strength:Q", title="strength of beta", axis=alt.Axis(tickCount=5, grid=False))
+        dash = alt.StrokeDash("branch:N", scale=alt.Scale(domain=["rises", "falls"], range=[[1, 0], [5, 3]]))
+        base = chart(rows).encode(x, _by_arm([*arms]), dash)
+        scale = alt.Scale(zero=False)
+        thin = base.mark_line(strokeWidth=0.7, opacity=0.25).encode(
+            alt.Y(f"{label}:Q", title=None, scale=scale), detail="seed:N"
+        )
+        mean = base.mark_line(strokeWidth=2.5).encode(alt.Y(f"mean({label}):Q", title=None, scale=scale))
+        panels.append(alt.layer(thin, mean).properties(height=190, title=label))
+    return panels or None
 
 
 def experts(runs: dict[str, Run], metric: str, label: str, one_scale: bool) -> list[alt.LayerChart] | None:

@@ -21,12 +21,13 @@ import vl_convert
 from comparison import figures, tables
 from comparison.analysis import (
     FIRST,
-    PRIMARY,
     Analysis,
     Row,
     analyse,
     conclusion,
+    phases,
     single_pair,
+    upper_bound,
     verdict,
 )
 from comparison.figures import COLOURS, Figure
@@ -49,7 +50,7 @@ TEMPLATE = Path(__file__).with_name("report.html.j2")
 STUDY_COMMAND = "python compare.py config/study.py --seeds=8"
 FEW = "Intervals and tests need six pairs."
 NOTE = (
-    "Only the validation loss has a verdict. This outcome, its contrasts and their order were fixed in advance. 'on' "
+    "Only the first outcome has a verdict. This outcome, its contrasts and their order were fixed in advance. 'on' "
     "against 'off' is tested at 5%. 'on' against 'shuffled' is tested at 5%, only if the first contrast has an effect. "
     "So a study without any effect reports one in at most 5% of cases. p is from the sign-flip test, and the intervals "
     "are obtained by inverting this test. The margin was declared in the settings of the runs: 'no effect' means that "
@@ -91,7 +92,8 @@ class Comparison:
         """Warnings that concern the verdicts, then the verdicts in words, one per contrast."""
         verdicts = [single_pair(self.analysis, *arms) for arms in self.analysis.single]
         verdicts += [verdict(self.analysis, r) for r in self.analysis.primary]
-        return [*self.analysis.warnings, *self.changes, *verdicts, *self.next_step]
+        bound = upper_bound(self.analysis)
+        return [*self.analysis.warnings, *self.changes, *verdicts, *([bound] if bound else []), *self.next_step]
 
     @property
     def next_step(self) -> list[str]:
@@ -272,7 +274,7 @@ def draw(c: Comparison) -> list[Figure]:
     seeds = {run.seed for run in c.shown.values()}
     one = f"Seed {min(seeds)} of each arm." if len(seeds) == 1 else "One run of each arm."
     lines = "Thin lines: seeds. Thick lines: their mean."
-    pairs_of_loss = [r for r in c.rows if r.outcome.name == PRIMARY]
+    pairs_of_loss = [r for r in c.rows if r.outcome is c.analysis.outcome]
     with_beta = {arm: run for arm, run in c.shown.items() if run.config.get("chrono_beta")}
     arms_with_beta = {arm: c.arms[arm] for arm in with_beta}
 
@@ -288,6 +290,10 @@ def draw(c: Comparison) -> list[Figure]:
                "the margin.", figures.differences(pairs_of_loss) if pairs_of_loss else None),
         curve("Validation loss", "The first tenth of the steps is left out.", c.arms, "val/loss",
               "validation loss, nats per token", skip=start),
+        *(curve(f"Validation loss in {domain}", "The first tenth of the steps is left out.", c.arms, f"{domain}/loss",
+                f"validation loss in {domain}, nats per token", skip=start)
+          for domain in dict.fromkeys(phase.domain for phase in phases(next(iter(c.shown.values()))))),
+        ("Strength of beta", "Solid: the strength rises. Dashed: it falls. Thin lines: seeds.", figures.ramp(c.arms), 3),
         curve("Load", "Coefficient of variation of the load over experts.", c.arms, "load_cv", "load CV"),
         curve("Layer coherence", "Not an outcome: beta selects for it. It shows whether beta acts.", c.arms, "layer",
               "token-weighted mean phi_slow"),

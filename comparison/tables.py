@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from chronomoe.signals import SIGNALS
 from comparison.analysis import (
     FIRST,
     POWER_COLUMN,
@@ -22,14 +23,15 @@ from comparison.analysis import (
     why_no_verdict,
 )
 from comparison.runs import SHOWN, Arms, Run, confounders, effective, pairs
+from trainer.arms import CUSTOM
 
 COLUMNS = ["outcome", "contrast", "pairs", "mean difference", "95% interval", "p", "verdict", POWER_COLUMN]
-DRIVERS = {  # of beta, by arm
+FOLLOWS = {name: f"beta follows {signal.what}" for name, signal in SIGNALS.items()}
+DRIVERS = FOLLOWS | {  # of beta, by arm
     "off": "beta stays 0",
-    "on": "beta follows the expert's coherence",
-    "shuffled": "placebo: beta follows another expert's coherence",
-    "load": "beta follows the load; no auxiliary loss, no bridge, clean gates",
-    "custom": "other settings",
+    "on": FOLLOWS["coherence"],
+    "load": f"{FOLLOWS['load']}; no auxiliary loss, no bridge, clean gates",
+    CUSTOM: "other settings",
 }
 UNUSED = "-"  # a setting without effect in an arm
 
@@ -92,33 +94,28 @@ def by_arm(arms: Arms, analysis: Analysis) -> Table:
     reference = FIRST[1]
     rows = []
     for arm, members in arms.items():
-        row = next((r for r in (*analysis.primary, *analysis.described) if _is_primary(r, arm, reference)), None)
+        every = (*analysis.primary, *analysis.described)
+        row = next((r for r in every if r.outcome is analysis.outcome and (r.a, r.b) == (arm, reference)), None)
         difference, interval, p = "", "", ""
         if arm != reference and reference in arms:
-            of_pairs = [
-                last_quarter(x, "val/loss") - last_quarter(y, "val/loss") for x, y in pairs(arms, arm, reference)[0]
-            ]
+            of_pairs = [analysis.outcome.of(x) - analysis.outcome.of(y) for x, y in pairs(arms, arm, reference)[0]]
             difference = number(statistics.fmean(of_pairs)) if of_pairs else ""
         if row is not None:
             c = row.contrast
             interval = f"{number(c.low)} to {number(c.high)}" if c.is_enough else ""
             p = cells(analysis, row)[COLUMNS.index("p")] or ("not tested" if c.is_enough else "")
-        losses = ([outcome.of(run) for run in members.values()] for outcome in MEASURES[:2])
+        losses = ([outcome.of(run) for run in members.values()] for outcome in (MEASURES[0], analysis.outcome))
         rows.append([arm, str(len(members)), *map(_mean_and_sd, losses), difference, interval, p])
     columns = [
         "arm",
         "seeds",
         "final loss",
-        "loss of the last quarter",
+        analysis.outcome.name.removeprefix("mean validation "),
         f"difference to {reference}",
         "95% interval",
         "p",
     ]
     return Table(columns, rows)
-
-
-def _is_primary(r: Row, a: str, b: str) -> bool:
-    return r.outcome.name == PRIMARY and (r.a, r.b) == (a, b)
 
 
 def _mean_and_sd(values: list[float]) -> str:
@@ -207,12 +204,20 @@ def provenance(arms: Arms, command: str, date: str) -> Table:
     rows = [
         ["command", command],
         ["commit", of_runs("git_commit")],
+        ["protocol", protocol_of(runs)],
         ["machine", "; ".join(part for part in (*machine, threads) if part)],
         ["started", f"{min(times)} (first run) to {max(times)} (last run)" if times else ""],
         ["training time", _duration(seconds)],
         ["report", date],
     ]
     return Table(["", ""], [row for row in rows if row[1]])
+
+
+def protocol_of(runs: list[Run]) -> str:
+    """The protocol that the runs declare, and its commit when each run began."""
+    files = sorted({str(run.config["protocol"]) for run in runs if run.config.get("protocol")})
+    commits = sorted({str(run.history[0].get("protocol_commit") or "not committed") for run in runs})
+    return f"{', '.join(files)}, at the start of the runs: {', '.join(commits)}" if files else ""
 
 
 def training_seconds(run: Run) -> float | None:

@@ -15,7 +15,11 @@ lr_decay_iters = 1000
 learning_rate = 2e-3
 min_lr = 2e-3
 
+# About 4% of the rise of the loss in code while the model trains on prose, declared before the runs.
+margin = 0.1
+
 # the strongest beta of the first study that did not raise the loss
 chrono_center = True
 chrono_eta = 3e-2
 chrono_k_max = 3.0
+chrono_spread = 2.2  # of arm frozen: beta/std at which arm `on` ended in a pilot, mean over layers

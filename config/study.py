@@ -15,6 +15,7 @@ min_lr = 3e-4
 
 # Declared before the runs: differences in validation loss up to this value, about 1% of the loss, do not matter.
 margin = 0.02
+protocol = "docs/protocol.md"
 
 eval_interval = 25
 eval_iters = 20

@@ -33,6 +33,7 @@ ENVIRONMENT = {
     "platform": "machine",
     "git_commit": "machine",
     "weights_from": "record",  # init_from of the first start
+    "protocol_commit": "record",  # last commit of the file `protocol`; None: not in git
     "incomplete": "record",  # what is missing from the logs
     "history": "record",  # starts of the program
 }
@@ -47,8 +48,8 @@ def check_torch(version: str = torch.__version__) -> list[str]:
     return [f"torch {version} is not tested; {oldest} to {newest} are"] if found > NEWEST_TORCH else []
 
 
-def describe_environment() -> dict[str, Any]:
-    """Versions, threads and code of this process, by the keys of config.json."""
+def describe_environment(protocol: str = "") -> dict[str, Any]:
+    """Versions, threads, code and protocol of this process, by the keys of config.json."""
     return {
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -57,7 +58,7 @@ def describe_environment() -> dict[str, Any]:
         "matmul_precision": torch.get_float32_matmul_precision(),
         "git_commit": git_commit(),
         "code_sha256": code_sha256(),
-    }
+    } | ({"protocol_commit": last_commit(protocol)} if protocol else {})
 
 
 def git_commit() -> str | None:
@@ -69,6 +70,16 @@ def git_commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return f"{commit}-dirty" if changes else commit
+
+
+def last_commit(path: str) -> str | None:
+    """The last commit of a file of this checkout, with '-dirty' if the file differs from it; None if there is none."""
+    try:
+        commit = _git("log", "-1", "--format=%H", "--", path)
+        changes = _git("--no-optional-locks", "status", "--porcelain", "--", path)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return (f"{commit}-dirty" if changes else commit) if commit else None
 
 
 def _git(*arguments: str) -> str:

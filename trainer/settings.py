@@ -58,6 +58,11 @@ class Settings:
         above=0,
         role="study",
     )
+    protocol: str = option(
+        "",
+        "file that describes the study before its runs; each run records the last commit of this file",
+        role="logging",
+    )
     eval_interval: int = option(2000, "steps between evaluations", least=1)
     eval_iters: int = option(200, "validation batches per evaluation, the same in every evaluation", least=1)
     eval_only: bool = option(False, "evaluate once, then stop", role="start")

@@ -207,7 +207,7 @@ def _open_log(
     s, start, checkpointer = run.settings, run.start, run.checkpointer
     checkpoint.remove_partial_files(checkpointer.out_dir)
     checkpoint.set_aside(start.damaged)
-    environment = describe_environment() | {"ranks": run.world.world_size}
+    environment = describe_environment(s.protocol) | {"ranks": run.world.world_size}
     data_sha256 = {name: f["sha256"] for name, f in files.items()}
     origin = {"weights_from": start.weights_from, "weights_sha256": start.weights_sha256}
     resolved = s.flat() | environment | {"data_sha256": data_sha256, "vocab_size": texts[s.dataset].vocab_size} | origin
