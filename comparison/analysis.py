@@ -219,11 +219,8 @@ def is_ramp(run: Run) -> bool:
     ramp = run.config.get("chrono_ramp")
     values = [value for value, _ in parse_ramp(ramp)] if ramp else []
     top = values.index(max(values)) if values else 0
-    return (
-        0 < top < len(values) - 1
-        and values[:top] == sorted(values[:top])
-        and values[top:] == sorted(values[top:])[::-1]
-    )
+    rising, falling = values[: top + 1], values[top:]
+    return min(len(rising), len(falling)) > 1 and rising == sorted(rising) and falling == sorted(falling)[::-1]
 
 
 def outcomes(runs: list[Run]) -> tuple[Outcome, list[Outcome], Outcome]:

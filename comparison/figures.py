@@ -242,9 +242,8 @@ def ramp(arms: Arms) -> list[alt.LayerChart] | None:
         dash = alt.StrokeDash("branch:N", scale=alt.Scale(domain=["rises", "falls"], range=[[1, 0], [5, 3]]))
         base = chart(rows).encode(x, _by_arm([*arms]), dash)
         scale = alt.Scale(zero=False)
-        thin = base.mark_line(strokeWidth=0.7, opacity=0.25).encode(
-            alt.Y(f"{label}:Q", title=None, scale=scale), detail="seed:N"
-        )
+        thin = base.mark_line(strokeWidth=0.7, opacity=0.25)
+        thin = thin.encode(alt.Y(f"{label}:Q", title=None, scale=scale), alt.Detail("seed:N"))
         mean = base.mark_line(strokeWidth=2.5).encode(alt.Y(f"mean({label}):Q", title=None, scale=scale))
         panels.append(alt.layer(thin, mean).properties(height=190, title=label))
     return panels or None

@@ -293,7 +293,7 @@ def draw(c: Comparison) -> list[Figure]:
         *(curve(f"Validation loss in {domain}", "The first tenth of the steps is left out.", c.arms, f"{domain}/loss",
                 f"validation loss in {domain}, nats per token", skip=start)
           for domain in dict.fromkeys(phase.domain for phase in phases(next(iter(c.shown.values()))))),
-        ("Strength of beta", "Solid: the strength rises. Dashed: it falls. Thin lines: seeds.", figures.ramp(c.arms), 3),
+        ("Strength of beta", "Solid: it rises. Dashed: it falls. Thin lines: seeds.", figures.ramp(c.arms), 3),
         curve("Load", "Coefficient of variation of the load over experts.", c.arms, "load_cv", "load CV"),
         curve("Layer coherence", "Not an outcome: beta selects for it. It shows whether beta acts.", c.arms, "layer",
               "token-weighted mean phi_slow"),

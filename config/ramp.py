@@ -1,5 +1,5 @@
-"""The strength of beta rises from 0 and falls back to 0 within one run: does routing at the same strength differ between
-the two branches (hysteresis)? Eight seeds of three arms train in less than an hour on two cores.
+"""The strength of beta rises from 0 and falls back to 0 within one run: does routing at the same strength differ
+between the two branches (hysteresis)? Eight seeds of three arms train in less than an hour on two cores.
 
     python compare.py config/ramp.py --arms=off,on,shuffled --seeds=8
 """

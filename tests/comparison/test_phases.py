@@ -1,0 +1,121 @@
+"""Outcomes of runs whose text changes or whose strength of beta rises and falls, against numbers worked out by hand."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from comparison.analysis import (
+    analyse,
+    between_branches,
+    conclusion,
+    is_ramp,
+    outcomes,
+    phases,
+    upper_bound,
+)
+from comparison.tables import by_arm
+from tests.comparison.studies import arms_of, make_run
+
+SCHEDULE = dict(data_schedule="stdlib@0 prose@40 stdlib@80", dataset="stdlib")
+
+
+def shift_run(seed, arm, forgets, extra=0.0, **changes):
+    """A run that forgets so many nats of code while it trains on prose."""
+    run = make_run(seed, 0.0, arm, **SCHEDULE | changes)
+    lines = []
+    for line in run.lines:
+        step = line["step"]
+        code = 3 - step / 40 if step <= 40 else 2 + forgets * (step - 40) / 40 if step <= 80 else 2 + forgets / step
+        losses = {"val/loss": code, "val/stdlib/loss": code, "val/prose/loss": 4 - step / 100 + extra}
+        lines.append(line | losses)
+    return dataclasses.replace(run, lines=lines)
+
+
+def test_phases_are_those_that_the_run_reached_and_equal_neighbours_are_one():
+    run = make_run(0, data_schedule="stdlib@0 stdlib@10 x/prose@40 stdlib@90 prose@400")
+    assert [dataclasses.astuple(p) for p in phases(run)] == [("stdlib", 0, 40), ("prose", 40, 90), ("stdlib", 90, 100)]
+    assert phases(make_run(0)) == [] and len(phases(make_run(0, data_schedule="stdlib@0"))) == 1
+
+
+def test_the_outcome_of_a_shift_is_the_loss_in_the_first_text_after_the_second():
+    effect = {"off": 0.8, "on": 0.5, "shuffled": 0.8}
+    runs = [
+        shift_run(seed, arm, forgets + 0.001 * (seed % 3), 0.1 * (arm == "on"), margin=0.1)
+        for arm, forgets in effect.items()
+        for seed in range(8)
+    ]
+    runs += [shift_run(seed, "walk", 0.7) for seed in range(8)]
+    analysis = analyse(arms_of(runs))
+    row = analysis.row(("on", "off"))
+    # evaluations at steps 80 only: the last quarter of 40 to 80 is after 70
+    assert row.outcome.name == "mean validation loss in stdlib over the last quarter of the prose phase"
+    assert row.contrast.mean == pytest.approx(-0.3) and row.contrast.is_effect
+    assert conclusion(analysis) == (
+        "Beta lowers the loss in stdlib after training on prose, and the loss is lower than with a beta that follows "
+        "another expert's coherence."
+    )
+    found = {(r.outcome.name, r.a): r.contrast.mean for r in analysis.described if r.b == "off"}
+    assert found["mean validation loss in prose over the last quarter of its phase", "on"] == pytest.approx(0.1)
+    assert found["mean validation loss in prose over the last quarter of its phase", "walk"] == pytest.approx(0)
+    assert (row.outcome.name, "walk") in found
+    assert by_arm(analysis.primary and arms_of(runs), analysis).rows[0][3].startswith("2.80")
+
+
+def test_the_steps_until_the_loss_is_back_count_from_the_return_and_are_linear_between_evaluations():
+    def run(*losses):
+        lines = [{"step": 10 * i, "val/stdlib/loss": v, "val/loss": v} for i, v in enumerate(losses)]
+        return dataclasses.replace(make_run(0, **SCHEDULE), lines=lines)
+
+    found = run(5, 4, 3, 2.5, 2.0, 3, 4, 4, 4.0, 2.5, 1.5)
+    others = {o.name: o for o in outcomes([found])[1]}
+    steps = others["steps on stdlib until its loss is what it was before prose"]
+    assert steps.of(found) == pytest.approx(15)
+    assert math.isnan(steps.of(run(5, 4, 3, 2.5, 2.0, 3, 4, 4, 4.0, 2.5, 2.1)))
+    assert steps.of(run(5, 4, 3, 2.5, 2.0, 3, 4, 4, 1.0, 2.5, 2.1)) == 0
+
+
+RAMP = dict(chrono_ramp="0@0 1@50 0@100", margin=None)
+
+
+def ramp_run(seed, arm, lag, **changes):
+    """A run whose Neff falls with the strength of beta, and is lower by `lag` while the strength falls."""
+    run = make_run(seed, 0.0, arm, **RAMP | changes)
+    lines = []
+    for line in run.lines:
+        step = line["step"]
+        strength = 1 - abs(step - 50) / 50
+        neff = 8 - 5 * strength**2 - lag * (0 < 100 - step < 50)
+        lines.append(line | ({"routing/L0/neff": neff, "routing/L2/neff": neff} if step else {}))
+    return dataclasses.replace(run, lines=lines)
+
+
+@pytest.mark.parametrize("lag", [0.0, 0.7])
+def test_branches_of_a_ramp_are_compared_at_equal_strengths(lag):
+    run = ramp_run(0, "on", lag)
+    levels = np.arange(0.1, 0.95, 0.1)
+    # the line of step 0 has no Neff, so the rising branch begins at strength 0.2
+    assert math.isnan(between_branches(run, "neff"))
+    full = dataclasses.replace(run, lines=[run.lines[0] | {"routing/L0/neff": 8.0}, *run.lines[1:]])
+    up = np.interp(levels, [0, 0.2, 0.4, 0.6, 0.8, 1], [8 - 5 * s**2 for s in (0, 0.2, 0.4, 0.6, 0.8, 1)])
+    down = np.interp(
+        levels, [0, 0.2, 0.4, 0.6, 0.8, 1], [8 - 5 * s**2 - lag * (0 < s < 1) for s in (0, 0.2, 0.4, 0.6, 0.8, 1)]
+    )
+    assert between_branches(full, "neff") == pytest.approx((down - up).mean())
+
+
+def test_runs_that_are_no_ramp_have_the_usual_outcome():
+    ramps = {"0@0 1@50 0@100": True, "1@0": False, "0@0 1@50": False, "": False, "0@0 1@5 0@9 1@20": False}
+    assert {ramp: is_ramp(make_run(0, chrono_ramp=ramp)) for ramp in ramps} == ramps
+    mixed = [make_run(0, chrono_ramp="0@0 1@50 0@100"), make_run(1)]
+    assert outcomes(mixed)[0].name == "mean validation loss of the last quarter"
+
+
+def test_the_upper_bound_says_what_gain_the_interval_excludes():
+    runs = [make_run(seed, shift, arm) for arm, shift in (("off", 0), ("on", 0), ("worth", -0.01)) for seed in range(8)]
+    sentence = upper_bound(analyse(arms_of(runs)))
+    assert "differs by -0.0100 nats from 'off'" in sentence and "a gain larger than 0.0100 nats is excluded" in sentence
+    few = [run for run in runs if run.seed < 5]
+    assert upper_bound(analyse(arms_of(few))) is None
+    assert upper_bound(analyse(arms_of([run for run in runs if run.arm != "worth"]))) is None
