@@ -103,7 +103,7 @@ def routing_with(
 
     top_k and beta of the model are the same afterwards. logit_std and r stay those of the model.
     """
-    routers = [module for module in model.modules() if isinstance(module, ChronoRouter)]
+    routers = [model.transformer.h[block].mlp.router for block in model.config.moe_blocks]
     state = model.router_state.beta_coeff
     own_beta, own_top_k = state.clone(), [router.top_k for router in routers]
     hooks = [router.register_forward_hook(lambda router, _, routing: observe(router, routing)) for router in routers]
