@@ -326,6 +326,25 @@ def test_runs_are_paired_by_seed_within_one_arm(tmp_path):
     assert "at step 0 of 100" in reason
 
 
+def test_every_text_of_either_run_is_evaluated_and_a_run_without_partner_is_named(tmp_path, monkeypatch):
+    for side, seeds in (("A", (1, 2)), ("B", (2, 3))):
+        for seed in seeds:
+            write(tmp_path / side / f"on_{seed}", run_of(side, seed))
+    opened, measured = {}, []
+    monkeypatch.setattr(swap, "load_trained", lambda run: (build(chrono())[0], {}))
+    monkeypatch.setattr(swap, "open_data", lambda runs, text, model: opened.setdefault(text, [r.name for r in runs]))
+    monkeypatch.setattr(swap, "measure_pair", lambda *args: measured.append(args[:-1]))
+    s = swap.swap(tmp_path / "A", tmp_path / "B", None, "")
+    names = [str(tmp_path / side / "on_2") for side in SIDES]
+    assert opened == {"code": names, "prose": names[1:]}
+    (((a, b, data, top_ks),),) = [measured]
+    assert [a.name, b.name] == names and data == opened and top_ks == s.top_ks == [*range(1, 9)]
+    assert s.texts == ["code", "prose"] and (s.batches, s.batch_size) == (swap.BATCHES, swap.BATCH_SIZE)
+    assert [reason.rpartition("/")[2] for reason in s.left_out] == [
+        f"on_{seed}: the other folder has no run of seed {seed}" for seed in (1, 3)
+    ]
+
+
 def test_models_of_other_shapes_are_refused():
     a, b = (build(chrono(), **changes)[0] for changes in ({}, dict(n_exp=4)))
     assert "different names or shapes" in error_of(measure_models, a, b, 1, DATA, [1], BATCHES, BATCH_SIZE)
