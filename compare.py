@@ -6,6 +6,7 @@
     python compare.py out/vertical_slice out/beta_off ...    compare these runs; the report is in out/compare_...
     python compare.py --wandb=entity/project                 compare the runs of a W&B project
     python compare.py --plan out/pilot --margin=0.02         number of pairs that decide about a margin, from a pilot
+    python compare.py --swap out/a out/b                     swap the betas of runs on different text
 
 Arms: off, on, shuffled (a placebo: beta follows the coherence of another expert) and load (a load-balancing bias). Runs
 with the same seed have the same initial weights and data: they are a pair. To continue after Ctrl-C, repeat the
@@ -30,14 +31,14 @@ from typing import Any
 from chronomoe.options import option, options_of, same_option
 from trainer import cli
 from trainer import settings as setting
-from trainer.arms import ARMS, DEFAULT_ARMS
+from trainer.arms import ARMS, CUSTOM, DEFAULT_ARMS
 from trainer.interrupt import Interrupt
 from trainer.lock import folder_lock
 from trainer.settings import Settings
 
 try:
     from auditing import compared
-    from comparison import planning, report, sweep, wandb_runs
+    from comparison import planning, report, swap, sweep, wandb_runs
     from comparison.analysis import conclusion
     from comparison.runs import Run, expand, group_into_arms, load_run, load_runs, lost_seeds, named_after
     from comparison.statistics import MAX_PAIRS
@@ -51,10 +52,14 @@ class Options:
     """The options of compare.py. Only `margin` is passed on to train.py, as are all other keys."""
 
     seeds: int = option(8, "train with the seeds 1, 2, ... up to this", least=1, most=MAX_PAIRS)
-    arms: str = option(",".join(DEFAULT_ARMS), f"arms to train, separated by commas, of {', '.join(ARMS)}")
+    arms: str = option(
+        ",".join(DEFAULT_ARMS),
+        f"arms to train, separated by commas, of {', '.join(ARMS)}; with --swap, the arm whose betas are swapped",
+    )
     jobs: int | None = option(None, "runs to train at a time; None: the number of CPU cores", least=1)
     wandb: str | None = option(None, "ENTITY/PROJECT in W&B whose runs to compare")
     plan: bool = option(False, "print how many pairs decide about a margin, and exit")
+    swap: bool = option(False, "swap the betas of two folders of runs that differ in their training text")
     margin: float | None = same_option(Settings, "margin")
     out_dir: str | None = option(None, "folder of the study and the report; None: that of the config file or the runs")
 
@@ -69,13 +74,15 @@ def main(arguments: list[str]) -> int:
     configs = [a for a in line.arguments if a.endswith(".py")]
     given = [*configs, *(f"--{name}" for name in line.options)]
     wandb_log, failed = line.options.get("wandb_log", False), []
-    next_command = report.STUDY_COMMAND
+    next_command, command = report.STUDY_COMMAND, shlex.join(["python", "compare.py", *arguments])
     if own.plan:
         refuse_others(given, ["--plan", "--margin"], "--plan takes folders of runs and --margin")
         if own.margin is None and "margin" in line.options:
             raise UserError("--plan: margin=None must be a number above 0")
         print(planning.plan(folders, own.margin))
         return 0
+    if own.swap:
+        return swap_betas(folders, given, own, line.options.get("arms"), command)
     if own.wandb is not None:
         allowed = ["--wandb", "--out_dir", "--wandb_log"]
         refuse_others([*map(str, folders), *given], allowed, "--wandb compares the runs of a W&B project alone")
@@ -83,9 +90,7 @@ def main(arguments: list[str]) -> int:
     elif folders:
         both = "give a config file to train, or folders of runs to compare, not both"
         refuse_others(given, ["--out_dir", "--wandb_log"], both)
-        for folder in folders:
-            if not os.path.exists(folder):  # Path.exists raises an error for a name that is too long
-                raise UserError(f"{folder} does not exist")
+        refuse_missing(folders)
         sources, load = expand(folders), load_run
         out = folders[0] if len(folders) == 1 else named_after(folders, "compare")
     elif not configs:
@@ -106,7 +111,7 @@ def main(arguments: list[str]) -> int:
         next_command = shlex.join(["python", "compare.py", *kept, "--seeds=8"])
         sources, load = study, sweep.load
     out = Path(own.out_dir or out)
-    write_report(sources, load, out, shlex.join(["python", "compare.py", *arguments]), wandb_log, next_command)
+    write_report(sources, load, out, command, wandb_log, next_command)
     for job in failed:
         print(f"failed: {job.out_dir}: {job.error}")
     return 1 if failed else 0
@@ -117,6 +122,36 @@ def refuse_others(given: list[str], allowed: list[str], reason: str) -> None:
     for argument in given:
         if argument not in allowed:
             raise UserError(f"{argument}: {reason}")
+
+
+def swap_betas(folders: list[Path], given: list[str], own: Options, arm: str | None, command: str) -> int:
+    """Swap the betas of two folders, write swap.html and print the findings. Returns the exit status."""
+    takes = "--swap takes two folders of runs, --arms and --out_dir"
+    refuse_others(given, ["--swap", "--arms", "--out_dir"], takes)
+    if len(folders) != 2:
+        raise UserError(f"{takes}, as in python compare.py --swap out/a out/b, not {len(folders)} folders")
+    if arm is not None and arm not in (*ARMS, CUSTOM):
+        raise UserError(f"--arms={arm} must be one arm: {', '.join((*ARMS, CUSTOM))}")
+    refuse_missing(folders)
+    out = Path(own.out_dir or named_after(folders, "swap"))
+    try:
+        found = swap.swap(*folders, arm, command)
+        swap.write(out, found)
+    except KeyboardInterrupt:
+        print("stopped; nothing was written")
+        return 130
+    print("\n".join([found.conclusion, *(f"- {sentence}" for sentence in found.sentences)]))
+    for reason in found.left_out:
+        print(f"left out: {reason}")
+    print(f"the report is {out / 'swap.html'}; its numbers are in {out / 'swap.json'}")
+    return 0
+
+
+def refuse_missing(folders: list[Path]) -> None:
+    """Raise UserError if a folder does not exist."""
+    for folder in folders:
+        if not os.path.exists(folder):  # Path.exists raises an error for a name that is too long
+            raise UserError(f"{folder} does not exist")
 
 
 def train_study(

@@ -9,7 +9,7 @@ differences of beta change routing. `center` subtracts the layer's mean drift, a
 Beta drifts at every training step. Only experts that were observed in this step drift: without new tokens phi is
 frozen, and its drift would run into the clamp.
 
-signals.py has the other signals. s is the strength that `ramp` sets for this step, 1 without a ramp.
+signals.py has the other signals. s is the strength, 0 to 1, that `ramp` sets for this step; 1 without a ramp.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def update_beta(
     ok: Tensor,
     trace: MoETrace,
     signals: SignalState,
-    ramp: Sequence[tuple[float, int]] = (),
+    strength: Tensor | None = None,
     phi_slow: Tensor | None = None,
 ) -> None:
     """Move beta by one step of the configured signal, in place.
@@ -44,17 +44,16 @@ def update_beta(
         ok: [] bool; where it is False nothing changes.
         trace: this step's trace, reduced over ranks.
         signals: read for the smoothed score of this step.
-        ramp: (strength, step) of each point, as `parse_ramp` returns them; empty: strength 1.
+        strength: [], factor of eta and k_max, 0 to 1; None: 1.
         phi_slow: [L, E], optional; avoids recomputing it.
     """
     config, beta = router_state.config, router_state.beta_coeff
     phi_slow = coherence.phi("slow") if phi_slow is None else phi_slow
     seen = signals.observation(beta, coherence, phi_slow, trace.required("tokens_per_expert"))
     drift = SIGNALS[config.signal].drift(config, seen)
-    if not ramp:
+    if strength is None:
         beta.add_(drift * ok).clamp_(-config.k_max, config.k_max)
         return
-    strength = strength_at(ramp, coherence.step)
     bound = config.k_max * strength
     beta.copy_(torch.where(ok, (beta + drift * strength).clamp(-bound, bound), beta))
 

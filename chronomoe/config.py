@@ -61,8 +61,8 @@ class ChronoConfig:
     )
     ramp: str = option(
         "",
-        "strength of beta by step, as '0@0 1@300 0@600': eta and k_max are multiplied by the value, which is linear "
-        "between these points; empty: 1",
+        "strength of beta by step, as '0@0 1@300 0@600': eta and k_max are multiplied by the value, 0 to 1, which is "
+        "linear between these points; empty: 1",
         only_with="beta",
     )
     spread: float | None = option(
@@ -162,6 +162,8 @@ class ChronoConfig:
             raise ValueError(f"{step}=True needs {needed}=True")
         if self.signal == "frozen" and self.beta and self.spread is None:
             raise ValueError("signal='frozen' needs spread, for example the beta/std at which arm 'on' ends")
+        if self.measures("first_order") and not self.router:
+            raise ValueError("signal='first_order' needs router=True")
         if self.ramp:
             if self.signal == "frozen":
                 raise ValueError("ramp changes eta and k_max, and signal='frozen' does not use eta")

@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from chronomoe.beta import update_beta
+from chronomoe.beta import strength_at, update_beta
 from chronomoe.coherence import CLOCKS, CoherenceBuffer, CoherenceState
 from chronomoe.fuse import fused
 from chronomoe.lifecycle import REASONS, LifecycleCoordinator, PruneDecision
@@ -107,9 +107,13 @@ class ChronoLoop:
             phi_slow = self.coherence.phi("slow")
             self.signals.update(trace, self.coherence.updated(), ok)
         if config.beta:
-            update_beta(self.router_state, self.coherence, ok, trace, self.signals, self.ramp, phi_slow)
+            update_beta(self.router_state, self.coherence, ok, trace, self.signals, self.strength(), phi_slow)
         if config.lifecycle:
             self.lifecycle.update(self.coherence, phi_slow)
+
+    def strength(self) -> Tensor | None:
+        """The factor of eta and k_max in the last step, []; None without a ramp."""
+        return strength_at(self.ramp, self.coherence.step + self.began_at) if self.ramp else None
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         return {
@@ -168,7 +172,7 @@ class ChronoLoop:
         """The last step's metrics by name; None for a value that does not exist. Synchronizes with the device."""
         if self.last is None:
             return {}
-        found = metrics(self.last, self.router_state, self.coherence, self.lifecycle, self.signals, self.ramp)
+        found = metrics(self.last, self.router_state, self.coherence, self.lifecycle, self.signals, self.strength())
         tensors = [*found.per_layer.values(), *found.per_expert.values(), *found.scalars.values()]
         if not tensors:
             return {}

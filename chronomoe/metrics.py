@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from chronomoe.beta import strength_at
 from chronomoe.coherence import CLOCKS, CoherenceBuffer
 from chronomoe.lifecycle import LifecycleCoordinator
 from chronomoe.router import RouterState
@@ -57,7 +56,7 @@ def metrics(
     coherence: CoherenceBuffer,
     lifecycle: LifecycleCoordinator,
     signals: SignalState,
-    ramp: Sequence[tuple[float, int]] = (),
+    strength: Tensor | None = None,
 ) -> Metrics:
     """The metrics of one step, on the device, from a trace with its logged fields."""
     config = router_state.config
@@ -111,8 +110,8 @@ def metrics(
         found.per_expert.update({f"phi_{clock}": coherence.phi(clock).where(seen, torch.nan) for clock in CLOCKS})
         if SIGNALS[config.signal].score is not None:
             found.per_expert["score"] = signals.score().where(signals.score_count > 0, torch.nan)
-    if config.beta and ramp:
-        found.scalars["beta/strength"] = strength_at(ramp, coherence.step)
+    if config.beta and strength is not None:
+        found.scalars["beta/strength"] = strength
     if config.lifecycle:
         found.scalars["lifecycle/candidates"] = lifecycle.candidates()
     return found

@@ -23,14 +23,14 @@ def parse_schedule(text: str) -> list[tuple[str, int]]:
 
 @functools.cache
 def parse_ramp(text: str) -> list[tuple[float, int]]:
-    """(strength, step) of each point of a ramp. Raises ValueError for a strength that is not a number at least 0."""
+    """(strength, step) of each point of a ramp. Raises ValueError for a strength that is not in 0 to 1."""
     points = []
     for value, step in parse_schedule(text):
         try:
             strength = float(value)
         except ValueError:
             strength = math.nan
-        if not 0 <= strength < 1e6:  # False for NaN
-            raise ValueError(f"the strength {value!r} must be a number at least 0")
+        if not 0 <= strength <= 1:  # False for NaN
+            raise ValueError(f"the strength {value!r} must be a number from 0 to 1")
         points.append((strength, step))
     return points

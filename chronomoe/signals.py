@@ -6,7 +6,7 @@ A signal gives the drift of beta in one step, [L, E], by one of two ways:
     from a score:          score -> EMA of the slow clock -> drift      leave_one_out, walk, first_order, reap, worth
 
 Scores of other units than coherence are standardized over the experts of a layer, and multiplied by the standard
-deviation of phi_slow. So all of them move beta as fast as the coherence does:
+deviation of phi_slow. So they move beta as fast as the coherence does with `center`:
 
     drift_e = eta * std(phi_slow) * (score_e - mean(score)) / std(score)        `matched_drift`
 
@@ -172,12 +172,17 @@ class SignalState(StateModule):
         self.config = config
         shape = (num_layers, num_experts)
         self.register_buffer("follows", derangement(num_layers, num_experts, seed))
-        self.register_buffer("pattern", random_pattern(num_layers, num_experts, seed))
+        self.register_buffer("pattern", random_pattern(num_layers, num_experts, seed + 1))  # independent of `follows`
         self.register_buffer("key", torch.tensor(seed % 2**62, dtype=torch.int64))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         for name in ("noise", "worth", "score_ema"):
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float32))
         self.register_buffer("score_count", torch.zeros(shape, dtype=torch.int64))
+
+    def forget(self) -> None:
+        """Forget the score: that of another signal has other units."""
+        for value in (self.step, self.noise, self.score_ema, self.score_count):
+            value.zero_()
 
     @torch.no_grad()
     def update(self, trace: MoETrace, updated: Tensor, ok: Tensor) -> None:

@@ -22,7 +22,7 @@ from comparison.runs import Run, Unusable, differing, load_run, value_of
 from trainer import checkpoint, resume
 from trainer import settings as setting
 from trainer.arms import ARMS
-from trainer.data import open_dataset
+from trainer.data import fingerprint, open_texts
 from trainer.device import resolve_dtype, select_device
 from trainer.errors import UserError
 from trainer.files import open_regular, parse_json, read_text
@@ -125,7 +125,7 @@ def plan(arguments: list[str], out: Path, arms: list[str], seeds: int) -> list[J
         for job in jobs:  # of all arms, although `load` sets other keys too
             job.arguments.append(f"--wandb_group={group}")
     jobs.sort(key=lambda job: job.seed)
-    open_dataset(wanted[arms[0]]["dataset"], wanted[arms[0]]["block_size"])
+    open_texts(setting.from_values(known_settings(wanted[arms[0]])))
     data: dict[str, Any] = {}
     for job in jobs:
         config = config_of(job.out_dir)
@@ -145,11 +145,17 @@ def resolved(arguments: list[str], source: str) -> dict[str, Any]:
 
 
 def identity_of_data(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of config.json that identify the dataset. Initial weights determine the vocabulary."""
-    data = open_dataset(config["dataset"], config["block_size"])
-    data.vocab_size = config["vocab_size"] or data.vocab_size
-    sha256 = {name: file["sha256"] for name, file in data.fingerprint().items()}
-    return {"data_sha256": sha256, "vocab_size": data.vocab_size}
+    """The keys of config.json that identify the datasets. Initial weights determine the vocabulary."""
+    texts = open_texts(setting.from_values(known_settings(config)))
+    for data in texts.values():
+        data.vocab_size = config["vocab_size"] or data.vocab_size
+    sha256 = {name: file["sha256"] for name, file in fingerprint(texts).items()}
+    return {"data_sha256": sha256, "vocab_size": texts[config["dataset"]].vocab_size}
+
+
+def known_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of train.py in a config.json."""
+    return {name: value for name, value in config.items() if name in setting.keys()}
 
 
 def load(job: Job) -> Run:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from chronomoe.config import THRESHOLDS
-from chronomoe.signals import SignalState
+from chronomoe.signals import SignalState, derangement
 from model import GPT
 from trainer import checkpoint, cli
 from trainer import settings as setting
@@ -20,6 +20,7 @@ from trainer.environment import UNKNOWN
 from trainer.errors import UserError
 from trainer.runlog import check_is_own, history_in, holds_a_run, is_complete
 from trainer.settings import Settings
+from trainer.streams import PERMUTATION, stream_seed
 from trainer.weights import (
     COMPILED,
     EXPERT_FIELDS,
@@ -238,9 +239,10 @@ def upgraded(saved: dict[str, Any], model: GPT) -> dict[str, Any]:
     saved["optimizer"] = saved["optimizer"] | {"param_groups": groups}
     chrono = saved.get("chrono")
     if chrono and "signals" not in chrono:
-        # an older version saved only the permutation of signal 'shuffled', or drew it from the run's seed
+        # an older version saved only the permutation of signal 'shuffled'; one before it drew it from the run's seed
         seed = saved.get("config", {}).get("seed", 0)
         num_layers, num_experts = chrono["coherence"]["phi_slow"].shape
-        state = SignalState(num_layers, num_experts, model.config.chrono, seed).state_dict()
-        saved["chrono"] = chrono | {"signals": state | chrono.get("shuffled", {})}
+        signals = SignalState(num_layers, num_experts, model.config.chrono, stream_seed(seed, PERMUTATION))
+        shuffled = chrono.get("shuffled") or {"follows": derangement(num_layers, num_experts, seed)}
+        saved["chrono"] = chrono | {"signals": signals.state_dict() | shuffled}
     return saved

@@ -123,6 +123,8 @@ def set_up(given: dict[str, Any], world: World, interrupt: Interrupt, stack: con
     if saved is not None:
         start.notes += checkpointer.restore(saved)
         loop.began_at = progress.step - int(loop.coherence.step.item())
+        if "chrono_signal" in start.changed:
+            loop.signals.forget()
     record = None if saved is None else record_of(saved)
     saved = start.saved = None  # free the checkpoint's memory
     autocast = autocast_context(s.dtype, device)

@@ -174,3 +174,11 @@ def test_changed_text_of_a_later_phase_is_refused_on_resume(start, dataset, out,
     (later / "meta.json").write_text(json.dumps({"vocab_size": runs.VOCAB}))
     message = runs.error_of(start, out, **settings, init_from="resume")
     assert "later/train.bin" in message and "has changed since the run began" in message
+
+
+def test_a_resume_with_another_signal_forgets_the_score_of_the_first(start, out):
+    assert start(out, **DRIVEN, chrono_signal="reap", max_iters=4) == 0
+    assert start(out, **DRIVEN, chrono_signal="worth", init_from="resume") == 0
+    signals = runs.checkpoint(out)["chrono"]["signals"]
+    assert signals["score_count"].max() == 2 and signals["step"] == 2
+    assert signals["score_ema"].abs().max() < 0.001 < 0.1 < 1  # the mean of g |y| is larger than a worth
