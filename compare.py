@@ -7,10 +7,11 @@
     python compare.py --wandb=entity/project                 compare the runs of a W&B project
     python compare.py --plan out/pilot --margin=0.02         number of pairs that decide about a margin, from a pilot
     python compare.py --swap out/a out/b                     swap the betas of runs on different text
+    python compare.py --dose out/off out/weak out/strong ... compare several strengths of beta with beta off
 
-Arms: off, on, shuffled (a placebo: beta follows the coherence of another expert) and load (a load-balancing bias). Runs
-with the same seed have the same initial weights and data: they are a pair. To continue after Ctrl-C, repeat the
-command. Other keys are those of train.py; with --wandb_log=True the comparison is a W&B run too. Needs
+Arms: off, on, and one for each other signal that beta can follow, such as shuffled (a placebo: the coherence of another
+expert). Runs with the same seed have the same initial weights and data: they are a pair. To continue after Ctrl-C,
+repeat the command. Other keys are those of train.py; with --wandb_log=True the comparison is a W&B run too. Needs
 requirements-compare.txt.
 """
 
@@ -38,7 +39,7 @@ from trainer.settings import Settings
 
 try:
     from auditing import compared
-    from comparison import planning, report, swap, sweep, wandb_runs
+    from comparison import dose, planning, report, swap, sweep, wandb_runs
     from comparison.analysis import conclusion
     from comparison.runs import Run, expand, group_into_arms, load_run, load_runs, lost_seeds, named_after
     from comparison.statistics import MAX_PAIRS
@@ -60,6 +61,7 @@ class Options:
     wandb: str | None = option(None, "ENTITY/PROJECT in W&B whose runs to compare")
     plan: bool = option(False, "print how many pairs decide about a margin, and exit")
     swap: bool = option(False, "swap the betas of two folders of runs that differ in their training text")
+    dose: bool = option(False, "compare the strengths of beta (chrono_eta, chrono_k_max) that the runs of arm on have")
     margin: float | None = same_option(Settings, "margin")
     out_dir: str | None = option(None, "folder of the study and the report; None: that of the config file or the runs")
 
@@ -83,6 +85,9 @@ def main(arguments: list[str]) -> int:
         return 0
     if own.swap:
         return swap_betas(folders, given, own, line.options.get("arms"), command)
+    if own.dose:
+        refuse_others(given, ["--dose", "--out_dir"], "--dose takes folders of runs and --out_dir")
+        return compare_strengths(folders, Path(own.out_dir or "out/dose"), command)
     if own.wandb is not None:
         allowed = ["--wandb", "--out_dir", "--wandb_log"]
         refuse_others([*map(str, folders), *given], allowed, "--wandb compares the runs of a W&B project alone")
@@ -144,6 +149,18 @@ def swap_betas(folders: list[Path], given: list[str], own: Options, arm: str | N
     for reason in found.left_out:
         print(f"left out: {reason}")
     print(f"the report is {out / 'swap.html'}; its numbers are in {out / 'swap.json'}")
+    return 0
+
+
+def compare_strengths(folders: list[Path], out: Path, command: str) -> int:
+    """Compare the strengths of beta in these folders, write dose.md and print the table. Returns the exit status."""
+    refuse_missing(folders)
+    found = dose.compare(folders, command)
+    dose.write(out, found)
+    print("\n".join(dose.table(found).as_lines()))
+    for reason in found.left_out:
+        print(f"left out: {reason}")
+    print(f"the report is {out / 'dose.md'}; its numbers are in {out / 'dose.json'}")
     return 0
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -20,7 +20,7 @@ from comparison.analysis import FIRST, Analysis, Row, analyse, last_quarter, num
 from comparison.figures import COLOURS, Figure, chart, png
 from comparison.report import image_name, write_files
 from comparison.runs import Run, expand, group_into_arms, load_runs
-from comparison.tables import Table
+from comparison.tables import Table, as_text
 from trainer.errors import UserError
 
 ON, OFF = FIRST
@@ -139,16 +139,12 @@ def as_json(dose: Dose) -> dict[str, Any]:
     return {"command": dose.command, "date": str(date.today()), "strengths": strengths, "left_out": dose.left_out}
 
 
-def write(out: Path, dose: Dose) -> Sequence[Path]:
-    """Write dose.json, dose.md and the figure into `out`. Raises UserError if a file cannot be written."""
+def write(out: Path, dose: Dose) -> None:
+    """Write dose.md, dose.json and the figure into `out`. Raises UserError if a file cannot be written."""
     drawn = figure(dose)
-    image = image_name(".", drawn)
-    lines = ["# Dose and response", "", *table(dose).as_markdown(), "", f"![{drawn.title}]({image})", "", drawn.caption]
-    lines += [f"- left out: {reason}" for reason in dose.left_out]
-    contents: dict[str, str | bytes] = {
-        image: png(drawn),
-        "dose.md": "\n".join(lines) + "\n",
-        "dose.json": json.dumps(as_json(dose), indent=1) + "\n",
-    }
-    write_files(out, contents)
-    return [out / name for name in contents]
+    image = image_name("figures", drawn)
+    left_out = ["", "Left out:", "", *(f"- {as_text(reason)}" for reason in dose.left_out)] if dose.left_out else []
+    lines = [f"# {drawn.title}", "", f"`{dose.command}`, {date.today()}", "", *table(dose).as_markdown(), *left_out]
+    lines += ["", f"![{drawn.title}]({image})", "", drawn.caption]
+    numbers = json.dumps(as_json(dose), indent=1)
+    write_files(out, {image: png(drawn), "dose.md": "\n".join(lines) + "\n", "dose.json": numbers + "\n"})
