@@ -265,6 +265,25 @@ def shown_layers(picture: Picture) -> list[int]:
     return spaced(range(layers), max(1, min(MAX_LAYERS - 1, MAX_CELLS // experts**2)))
 
 
+def domains(picture: Picture) -> list[alt.LayerChart]:
+    """The share of each domain's tokens that each expert gets: a panel per layer, with one scale."""
+    largest = max(of_domain.max().item() for of_domain in picture.domains.values()) or 1.0
+    scale = alt.Scale(scheme="viridis", domain=[0, rounded(largest)])
+    tooltip = [alt.Tooltip("row:N", title="domain"), "expert:O", alt.Tooltip("value:Q", title="share", format=".1%")]
+    return [
+        cells(
+            [
+                {"row": name, "expert": e, "value": rounded(v), "cell": f"{v:.0%}"}
+                for name, of_domain in picture.domains.items()
+                for e, v in enumerate(of_domain[layer].tolist())
+            ],
+            scale,
+            tooltip,
+        ).properties(title=f"L{picture.blocks[layer]}")
+        for layer in shown_layers(picture)
+    ]
+
+
 def coactivation(picture: Picture) -> list[alt.Chart]:
     """The share of an expert's tokens that also go to another one: a panel per layer, with one scale."""
     of_layer = {layer: picture.coactivation[layer].tolist() for layer in shown_layers(picture)}

@@ -503,6 +503,12 @@ def _router(group: Group) -> Section:
         "experts of a layer together have a share of top_k.",
         Table(["expert", "share of the layer's choices", tokens], rows[:MOST_ROWS]),
     ]
+    if picture.domains:
+        caption = (
+            "The share of the tokens of each domain (row) that go to each expert. Without specialization it is "
+            f"{run.measured.top_k / picture.share.shape[1]:.0%} for every expert, if the load is even. Seed {seed}."
+        )
+        parts.append(Figure("Specialization by domain", caption, figures.domains(picture), 1))
     if picture.saturation:
         columns = ["layer", *(f"step {step}" for step in picture.saturation)]
         saturated = [

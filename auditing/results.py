@@ -288,6 +288,7 @@ def _run(run: AuditedRun) -> dict[str, Any]:
         "coactivation": plain(run.picture.coactivation.numpy()),
         "share": plain(run.picture.share.numpy()),
         "saturation": plain(run.picture.saturation),
+        "domains": plain({name: share.numpy() for name, share in run.picture.domains.items()}),
     }
 
 

@@ -3,8 +3,9 @@
     saturation(t)          = mean over tokens of |choice(t) & choice(T)| / K, T the last step
     coactivation(i, j)     = number of tokens that go to both i and j / number of tokens that go to i
     specialization(i, v)   = number of times that a token of id v goes to i / number of tokens of id v
+    specialization(i, D)   = number of tokens of domain D that go to i / number of tokens of D
 
-Tokens are those of the run's validation batches, by their input id.
+Tokens are those of the run's validation batches, by their input id. Domains are the datasets of the run's schedule.
 
 Shapes: L MoE layers, E experts, V token ids, N tokens, K top_k.
 """
@@ -24,6 +25,7 @@ from model import GPT
 from trainer import checkpoint, setup
 from trainer.errors import UserError
 from trainer.interventions import hooked, moe_layer
+from trainer.settings import domain
 from trainer.weights import build_model
 
 SHOWN_TOKENS = 5  # ids listed per expert
@@ -42,6 +44,7 @@ class Picture:
     share: Tensor  # [L, E] of the choices
     special: Special
     saturation: dict[int, list[float]]  # by the step of an earlier checkpoint: of each layer
+    domains: dict[str, Tensor]  # [L, E] specialization by domain; empty for a run on one dataset
 
 
 @torch.no_grad()
@@ -83,7 +86,23 @@ def picture(run: Run, trained: setup.Run, batches: int) -> Picture:
         (of_expert / of_expert.sum(-1, keepdim=True)).cpu(),
         _specialists(by_id.cpu(), counts.cpu(), model.config.moe_blocks),
         saturation,
+        domain_specialization(trained, batches),
     )
+
+
+@torch.no_grad()
+def domain_specialization(trained: setup.Run, batches: int) -> dict[str, Tensor]:
+    """The share of each domain's tokens that each expert gets, [L, E]; empty for a run on one dataset."""
+    texts, num_experts = trained.batches.texts, trained.model.config.n_exp
+    found = {}
+    for dataset in texts if len(texts) > 1 else ():
+        chosen = torch.cat(
+            [choices(trained.model, trained.batches.validation(i, dataset)[0]) for i in range(batches)], 1
+        )
+        counts = torch.zeros(len(chosen), num_experts, device=trained.device)
+        counts.scatter_add_(1, chosen.flatten(1), torch.ones_like(chosen.flatten(1), dtype=counts.dtype))
+        found[domain(dataset)] = (counts / chosen.shape[1]).cpu()
+    return found
 
 
 def _specialists(by_id: Tensor, counts: Tensor, blocks: list[int]) -> Special:

@@ -21,8 +21,19 @@ from auditing.damage import Moved, detections, threshold
 from auditing.twins import Twin
 from comparison.runs import load_run
 from tests.comparison.studies import change_config
-from tests.helpers.runs import ALL_ON, ROOT, arguments, differing, error_of, val_losses, write_skewed_dataset
+from tests.helpers.runs import (
+    ALL_ON,
+    ROOT,
+    VOCAB,
+    arguments,
+    differing,
+    error_of,
+    val_losses,
+    write_dataset,
+    write_skewed_dataset,
+)  # fmt: skip
 from trainer import checkpoint
+from trainer.data import EVAL_SEED, TokenData
 from trainer.interventions import masked, moe_layer
 from trainer.weights import build_model
 
@@ -566,3 +577,24 @@ def test_the_picture_of_the_router_is_that_of_counting_tokens(one, monkeypatch):
         kept = [len(set(a[1 + layer]) & set(b[1 + layer])) / 2 for a, b in zip(now, then)]
         assert found.saturation[6][layer] == pytest.approx(np.mean(kept)) and list(found.saturation) == [6]
     assert 0 < found.saturation[6][0] < 1 and any(found.special.values())
+
+
+def test_specialization_by_domain_is_the_share_of_each_datasets_tokens_that_an_expert_gets(folder, tmp_path):
+    other, out = write_dataset(tmp_path / "numbers", VOCAB, seed=9), tmp_path / "run"
+    data = folder / "data"
+    schedule = dict(dataset=data, data_schedule=f"{data}@0 {other}@3")
+    train.main(arguments(TINY | schedule | dict(out_dir=out, arm="on", chrono_router=True, chrono_coherence=True)))
+    with measure.opened_to_measure(load_run(out), "cpu") as trained:
+        found = audit.routing.domain_specialization(trained, 2)
+        assert [*found] == ["data", "numbers"]
+        for name, text in (("data", data), ("numbers", other)):
+            inputs = torch.cat([TokenData(text, 16).batch("val", EVAL_SEED, 0, i, 4)[0] for i in (0, 1)])
+            for layer, chosen in enumerate(audit.routing.choices(trained.model, inputs)):
+                shares = [sum(e in token for token in chosen.tolist()) / len(chosen) for e in range(4)]
+                assert found[name][layer].tolist() == pytest.approx(shares)
+    assert not torch.equal(found["data"], found["numbers"])
+
+
+def test_a_run_on_one_dataset_has_no_specialization_by_domain(one):
+    with measure.opened_to_measure(load_run(one), "cpu") as trained:
+        assert audit.routing.domain_specialization(trained, 2) == {}

@@ -48,7 +48,7 @@ def make_audited(seed, layers=2, experts=8, criteria=SOME, steps=5, name=None, d
     ]
     special = {(block, e): [(65, 0.5, 30), (200, 0.25, 20)] for block in blocks for e in range(experts)}
     shares = torch.rand(layers, experts, experts), torch.full((layers, experts), 1 / experts)
-    picture = Picture(blocks, *shares, special, {10: [0.5] * layers})
+    picture = Picture(blocks, *shares, special, {10: [0.5] * layers}, {})
     healing = [Healing(c, 1, steps, 0.1 * rng.random(), 0.01) for c in criteria]
     moved = [
         Moved(
