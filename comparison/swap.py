@@ -174,7 +174,9 @@ class Swap:
             size = f", by less than the margin of {c.margin:g} nats" if c.is_equivalent else ""
             return f"With a beta the loss is {word} on the text that it was trained with{size}."
         if self.verdict == "no effect":
-            return f"Swapping the betas has no effect on the loss larger than the margin of {c.margin:g} nats."
+            return (
+                f"A beta is neither better nor worse on its own last text by the margin of {c.margin:g} nats or more."
+            )
         return f"Undecided: a beta may be better on the text that it was trained with, or not; {what_would_decide(c)}."
 
     @property

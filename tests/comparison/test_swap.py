@@ -248,7 +248,7 @@ VERDICTS = {  # name: (swap, verdict, conclusion, words)
               "a beta is worse on its own last text."),
     "helps within the margin": (dict(interactions=[-0.005 + n for n in NOISE]), "effect", "by less than the margin of",
                                 "An effect"),
-    "none": (dict(interactions=NOISE), "no effect", "no effect on the loss larger than the margin of 0.02 nats.",
+    "none": (dict(interactions=NOISE), "no effect", "neither better nor worse on its own last text by the margin",
              "No effect larger than the margin of 0.02 nats: two one-sided tests, p = 0.0156, 90% interval"),
     "no margin": (dict(interactions=NOISE, margin=None), "undecided", "declare no margin", "Undecided (exact p = "),
     "five pairs": (dict(interactions=NOISE[:5]), "none", "No verdict: 5 pairs of runs are too few, a verdict needs 6.",
