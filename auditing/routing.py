@@ -96,9 +96,8 @@ def domain_specialization(trained: setup.Run, batches: int) -> dict[str, Tensor]
     texts, num_experts = trained.batches.texts, trained.model.config.n_exp
     found = {}
     for dataset in texts if len(texts) > 1 else ():
-        chosen = torch.cat(
-            [choices(trained.model, trained.batches.validation(i, dataset)[0]) for i in range(batches)], 1
-        )
+        inputs = torch.cat([trained.batches.validation(i, dataset)[0] for i in range(batches)])
+        chosen = choices(trained.model, inputs)
         counts = torch.zeros(len(chosen), num_experts, device=trained.device)
         counts.scatter_add_(1, chosen.flatten(1), torch.ones_like(chosen.flatten(1), dtype=counts.dtype))
         found[domain(dataset)] = (counts / chosen.shape[1]).cpu()

@@ -20,6 +20,7 @@ from model import GPT
 from trainer import checkpoint
 from trainer.data import EVAL_SEED, TokenData, open_dataset
 from trainer.errors import UserError
+from trainer.settings import domain
 from trainer.weights import build_model
 
 
@@ -72,7 +73,7 @@ def open_data(runs: list[Run], name: str, model: GPT, known: dict[str, Any] | No
     for run in runs:
         digests = run.config.get("data_sha256") or {}
         # a run on several datasets records the files of all but the first with the name of the dataset
-        prefix = "" if name == run.config["dataset"] else f"{name}/"
+        prefix = "" if name == run.config["dataset"] else f"{domain(name)}/"
         if any(digests.get(prefix + file) != sha256 for file, sha256 in found.items()):
             raise UserError(f"the files of {name} are not those that {run.name} was trained on")
     return data

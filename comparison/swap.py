@@ -42,6 +42,7 @@ from tqdm import tqdm
 
 from chronomoe import Routing
 from chronomoe.bridge import compute_js_divergence
+from chronomoe.schedule import parse_schedule
 from comparison.analysis import number, what_would_decide
 from comparison.figures import Figure, chart, png
 from comparison.probe import load_trained, open_data, routing_with
@@ -237,8 +238,8 @@ def over_pairs(values: list[float]) -> str:
 
 def texts_of(config: dict[str, Any]) -> list[str]:
     """The datasets that a run was trained on, in the order of its schedule."""
-    entries = (config.get("data_schedule") or "").split()
-    return [entry.rpartition("@")[0] or entry for entry in entries] or [config["dataset"]]
+    schedule = config.get("data_schedule")
+    return [dataset for dataset, _ in parse_schedule(schedule)] if schedule else [config["dataset"]]
 
 
 def last_text(config: dict[str, Any]) -> str:
