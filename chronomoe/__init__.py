@@ -1,9 +1,9 @@
 """The closed loop coherence -> beta -> routing -> coherence for mixture-of-experts layers.
 
 One file per step of the loop: router.py (step 1), coherence.py (step 2), beta.py (step 3), bridge.py (step 4),
-lifecycle.py (step 5). statistics.py reduces what the routers did to the sums of a MoETrace (trace.py), loop.py updates
-all state from it, metrics.py names what is logged, fuse.py compiles small operators. This package
-imports torch only: no trainer, no model.
+lifecycle.py (step 5). signals.py has what beta can follow. statistics.py reduces what the routers did to the sums of a
+MoETrace (trace.py), loop.py updates all state from it, metrics.py names what is logged, schedule.py reads values by
+step, fuse.py compiles small operators. This package imports torch only: no trainer, no model.
 """
 
 from chronomoe.beta import update_beta
