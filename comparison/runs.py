@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from chronomoe.options import is_active
+from chronomoe.schedule import parse_ramp, parse_schedule
 from trainer import checkpoint
 from trainer.arms import ARMS, CUSTOM, arm_of, contradiction
 from trainer.environment import ENVIRONMENT, UNKNOWN
@@ -212,6 +213,9 @@ def checked(run: Run) -> Run:
             raise UserError(f"{name}: its settings are not those of a run, {key} is missing")
     try:
         config = config | {key: KEYS[key].check(value) for key, value in config.items() if key in KEYS}
+        for key, parse in (("data_schedule", parse_schedule), ("chrono_ramp", parse_ramp)):
+            if config.get(key):
+                parse(config[key])
     except ValueError as e:
         raise UserError(f"{name}: its settings are not those of a run: {e}") from None
     run = replace(run, config=config)

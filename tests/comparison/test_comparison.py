@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 import compare
+from chronomoe.signals import SIGNALS
 from comparison import report, wandb_runs
 from comparison.analysis import FIRST, SECOND, analyse, conclusion, last_quarter, steps_to_loss, verdict
 from comparison.probe import probe
@@ -118,8 +119,9 @@ def test_settings_without_effect_and_of_the_machine_do_not_separate_runs():
 
 def test_arms_are_defined_by_what_drives_beta():
     load = dict(chrono_gates="clean", chrono_eta=1e-3, chrono_k_max=10.0, chrono_bridge=False, use_aux_loss=False)
-    drivers = {"on": "coherence", "shuffled": "shuffled", "load": "load"}
-    beta_on = {arm: {"chrono_beta": True, "chrono_signal": signal} for arm, signal in drivers.items()}
+    beta_on = {
+        "on" if signal == "coherence" else signal: {"chrono_beta": True, "chrono_signal": signal} for signal in SIGNALS
+    }
     assert ARMS == beta_on | {"off": {"chrono_beta": False}, "load": beta_on["load"] | load}
     assert all(arm_of(Settings().flat() | settings) == arm for arm, settings in ARMS.items())
     assert arm_of(Settings().flat() | ARMS["load"] | {"chrono_eta": 0.5}) == CUSTOM
@@ -182,6 +184,10 @@ DAMAGE = {  # the reason that is given: what is done to the folder of a run
     "decisions.jsonl: cannot be read (a name holds": lambda f: (f / "decisions.jsonl").write_text(
         '{"expert_id": "\\ud800", "reason": "", "action": "open", "step": 1}\n'
     ),
+    "its settings are not those of a run: 'prose' must be VALUE@STEP": lambda f: change_config(
+        f, data_schedule="prose"
+    ),
+    "must be a number from 0 to 1": lambda f: change_config(f, chrono_ramp="2@0"),
     "chrono_signal=['load'] must be one of": lambda f: change_config(f, chrono_signal=["load"]),
     f"evaluation of step {10**18} is missing": lambda f: change_lines(
         change_config(f, max_iters=2 * 10**18, history=[START | {"step": 10**18 - 1}]),
