@@ -36,6 +36,7 @@ from comparison.runs import Arms, Run, effective
 from comparison.tables import COLUMNS, DRIVERS, Table, as_text, cells, short_verdict
 from trainer.errors import UserError
 from trainer.files import atomic_write, parse_json, read_text
+from trainer.settings import domain
 
 TESTED = (
     "Each layer of these language models sends a token to a few of its experts; coherence is the cosine between the "
@@ -278,6 +279,9 @@ def draw(c: Comparison) -> list[Figure]:
     with_beta = {arm: run for arm, run in c.shown.items() if run.config.get("chrono_beta")}
     arms_with_beta = {arm: c.arms[arm] for arm in with_beta}
 
+    texts = [phase.domain for phase in phases(next(iter(c.shown.values())))]
+    other_texts = [text for text in dict.fromkeys(texts) if text != texts[0]]
+
     def curve(title: str, caption: str, *args: Any, **options: Any) -> tuple[Any, ...]:
         chart = figures.curves(*args, **options)
         return title, f"{caption} {lines}".strip(), None if chart is None else [chart], 1, True
@@ -290,9 +294,8 @@ def draw(c: Comparison) -> list[Figure]:
                "the margin.", figures.differences(pairs_of_loss) if pairs_of_loss else None),
         curve("Validation loss", "The first tenth of the steps is left out.", c.arms, "val/loss",
               "validation loss, nats per token", skip=start),
-        *(curve(f"Validation loss in {domain}", "The first tenth of the steps is left out.", c.arms, f"{domain}/loss",
-                f"validation loss in {domain}, nats per token", skip=start)
-          for domain in dict.fromkeys(phase.domain for phase in phases(next(iter(c.shown.values()))))),
+        *(curve(f"Validation loss in {text}", "The first tenth of the steps is left out.", c.arms, f"{text}/loss",
+                f"validation loss in {text}, nats per token", skip=start) for text in other_texts),
         ("Strength of beta", "Solid: it rises. Dashed: it falls. Thin lines: seeds.", figures.ramp(c.arms), 3),
         curve("Load", "Coefficient of variation of the load over experts.", c.arms, "load_cv", "load CV"),
         curve("Layer coherence", "Not an outcome: beta selects for it. It shows whether beta acts.", c.arms, "layer",
@@ -435,7 +438,6 @@ def _facts(c: Comparison) -> str:
     counts = ", ".join(f"{arm} {len(members)}" for arm, members in c.arms.items())
     margin = run.config.get("margin")
     declared = "" if margin is None else f" Margin, declared before the runs: {margin:g} nats."
-    return (
-        f"Runs: {counts}; {run.steps:,} steps on {Path(run.config['dataset']).name}. Losses are in nats per token, "
-        f"lower is better.{declared}"
-    )
+    texts = ", ".join(f"{phase.domain} from step {phase.start}" for phase in phases(run))
+    texts = texts or domain(run.config["dataset"])
+    return f"Runs: {counts}; {run.steps:,} steps on {texts}. Losses are in nats per token, lower is better.{declared}"
