@@ -87,7 +87,7 @@ def main(arguments: list[str]) -> int:
         return swap_betas(folders, given, own, line.options.get("arms"), command)
     if own.dose:
         refuse_others(given, ["--dose", "--out_dir"], "--dose takes folders of runs and --out_dir")
-        return compare_strengths(folders, Path(own.out_dir or "out/dose"), command)
+        return compare_strengths(folders, Path(own.out_dir or named_after(folders, "dose")), command)
     if own.wandb is not None:
         allowed = ["--wandb", "--out_dir", "--wandb_log"]
         refuse_others([*map(str, folders), *given], allowed, "--wandb compares the runs of a W&B project alone")

@@ -69,7 +69,7 @@ class ChronoConfig:
         None,
         "signal 'frozen': standard deviation of beta in a layer, for example the beta/std at which arm 'on' ends",
         least=0,
-        only_with="beta",
+        only_with="signal=frozen",
     )
     gates: str = option(
         "biased",

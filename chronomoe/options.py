@@ -50,7 +50,7 @@ def option(
         default: default value.
         help: meaning, for --help.
         role: what a change of the value affects.
-        only_with: name of a field; while that is off, the value has no effect.
+        only_with: name of a field; while that is off, the value has no effect. Or 'NAME=VALUE': without this value.
         group: heading in --help above this field and those after it.
         choices: allowed values.
         above, below: exclusive bounds.
@@ -178,8 +178,12 @@ def check_options(instance: Any) -> None:
 
 def is_active(name: str, values: Mapping[str, Any], declared: Mapping[str, Option]) -> bool:
     """Whether the value of an option has an effect: the option it is only used with is on, and has an effect too."""
-    other = declared[name].only_with if name in declared else None
-    return other is None or (bool(values.get(other)) and is_active(other, values, declared))
+    only_with = declared[name].only_with if name in declared else None
+    if only_with is None:
+        return True
+    other, _, needed = only_with.partition("=")
+    value = values.get(other)
+    return (str(value) == needed if needed else bool(value)) and is_active(other, values, declared)
 
 
 def same_option(owner: type, name: str, default: Any = dataclasses.MISSING, *, group: str = "") -> Any:

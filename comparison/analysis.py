@@ -38,6 +38,7 @@ class Outcome:
     unit: str
     of: Callable[[Run], float]
     what: str = "validation loss"  # in the conclusion, for the primary outcome
+    may_not_happen: bool = False  # a run without a value is not a run that lacks its logs
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,9 @@ class Analysis:
     lost: dict[str, set[str]]  # seeds of the runs that cannot be used, by arm
     single: dict[tuple[str, str], tuple[int, float]]  # (seed, difference in loss) of contrasts with one pair only
     confounders: dict[tuple[str, str], list[str]]  # by contrast; see Row
+    missing: list[str]  # a warning for each row that has no value in some runs
+    margins_differ: list[tuple[str, str]]  # contrasts whose arms declare different margins
+    no_outcome: dict[tuple[str, str], list[int]]  # seeds whose runs have no value of the primary outcome, by contrast
 
     @property
     def warnings(self) -> list[str]:
@@ -75,7 +79,8 @@ class Analysis:
             f"'{a}' and '{b}' also differ in {', '.join(keys)}: an effect of the arm cannot be separated from these"
             for (a, b), keys in found.items()
         ]
-        return [*map(self.lost_runs, self.lost), *differ, *self.mixed_pairs, *self.rounding]
+        margins = [f"'{a}' and '{b}' declare different margins, so none is used" for a, b in self.margins_differ]
+        return [*map(self.lost_runs, self.lost), *differ, *margins, *self.mixed_pairs, *self.rounding, *self.missing]
 
     def lost_runs(self, arm: str) -> str:
         """The warning about runs of an arm that cannot be used."""
@@ -153,14 +158,21 @@ def shift_outcomes(first: Phase, second: Phase, third: Phase | None) -> tuple[Ou
     )
     others = [
         Outcome(
+            f"rise of the loss in {old} from the last quarter of its first phase",
+            "nats",
+            lambda run: second.last_quarter(run, old) - first.last_quarter(run, old),
+        ),
+        Outcome(
             f"mean validation loss in {new} over the last quarter of its phase",
             "nats",
             lambda run: second.last_quarter(run, new),
-        )
+        ),
     ]
     if third is not None and third.domain == old:
         others += [
-            Outcome(f"steps on {old} until its loss is what it was before {new}", "steps", steps_back),
+            Outcome(
+                f"steps on {old} until its loss is what it was before {new}", "steps", steps_back, may_not_happen=True
+            ),
             Outcome(
                 f"mean validation loss in {old} over the last quarter of its second phase",
                 "nats",
@@ -174,10 +186,13 @@ LEVELS = [i / 10 for i in range(1, 10)]  # shares of the ramp's highest strength
 
 
 def strengths(run: Run) -> tuple[list[int], list[float]]:
-    """(steps, strength of beta) at the logged steps of a run with a ramp."""
+    """(steps, strength of beta in the forward of that step) at the logged steps of a run with a ramp.
+
+    The forward of step s has the beta that step s - 1 set.
+    """
     values, at = zip(*parse_ramp(run.config["chrono_ramp"]))
     steps = [line["step"] for line in run.lines]
-    return steps, np.interp(steps, at, values).tolist()
+    return steps, np.interp([step - 1 for step in steps], at, values).tolist()
 
 
 def between_branches(run: Run, name: str) -> float:
@@ -192,8 +207,9 @@ def between_branches(run: Run, name: str) -> float:
     rising, falling = points[: top + 1], points[top:][::-1]
     if min(len(rising), len(falling)) < 2:
         return math.nan
-    levels = [level * points[top][0] for level in LEVELS]
-    if max(rising[0][0], falling[0][0]) > levels[0]:
+    highest = max(value for value, _ in parse_ramp(run.config["chrono_ramp"]))
+    levels = [level * highest for level in LEVELS]
+    if max(rising[0][0], falling[0][0]) > levels[0] or points[top][0] < levels[-1]:
         return math.nan
     down, up = (np.interp(levels, *zip(*branch)) for branch in (falling, rising))
     return float((down - up).mean())
@@ -210,21 +226,23 @@ def ramp_outcomes() -> tuple[Outcome, list[Outcome]]:
             "difference of Neff between falling and rising strength",
         )
 
-    others = [outcome("validation loss", "val/loss", "nats"), outcome("load CV", "load_cv", "")]
-    return outcome("Neff", "neff", "experts"), others
+    return outcome("Neff", "neff", "experts"), [outcome("load CV", "load_cv", "")]
 
 
 def is_ramp(run: Run) -> bool:
-    """Whether the strength of beta rises and then falls in a run."""
+    """Whether the strength of beta rises and then falls in a run, within its steps."""
     ramp = run.config.get("chrono_ramp")
-    values = [value for value, _ in parse_ramp(ramp)] if ramp else []
+    values = [value for value, step in parse_ramp(ramp) if step <= run.steps] if ramp else []
     top = values.index(max(values)) if values else 0
     rising, falling = values[: top + 1], values[top:]
     return min(len(rising), len(falling)) > 1 and rising == sorted(rising) and falling == sorted(falling)[::-1]
 
 
 def outcomes(runs: list[Run]) -> tuple[Outcome, list[Outcome], Outcome]:
-    """(primary, others, check). The check shows whether beta acted. Beta selects for it, so it is not an outcome."""
+    """(primary, others, check), from the runs of the tested contrast.
+
+    The check shows whether beta acted. Beta selects for it, so it is not an outcome.
+    """
     shared = phases(runs[0])
     if len(shared) > 1 and all(phases(run) == shared for run in runs):
         primary, others = shift_outcomes(shared[0], shared[1], shared[2] if len(shared) > 2 else None)
@@ -253,14 +271,22 @@ def loss_outcomes(runs: list[Run]) -> tuple[Outcome, list[Outcome]]:
 
 def margin_of(arms: Arms, a: str, b: str) -> float | None:
     """The margin that the runs of both arms declare; None if they declare none or different ones."""
-    margins = {run.config.get("margin") for arm in (a, b) for run in arms[arm].values()}
+    margins = margins_of(arms, a, b)
     return margins.pop() if len(margins) == 1 else None
+
+
+def margins_of(arms: Arms, a: str, b: str) -> set[float | None]:
+    """The margins that the runs of two arms declare."""
+    return {run.config.get("margin") for arm in (a, b) for run in arms[arm].values()}
 
 
 def analyse(arms: Arms, lost: dict[str, set[str]] | None = None) -> Analysis:
     """All contrasts whose arms exist and have at least two pairs. lost: as in Analysis."""
-    primary, others, check = outcomes([run for members in arms.values() for run in members.values()])
+    tested_arms = FIRST if all(arms.get(arm) for arm in FIRST) else tuple(arms)
+    primary, others, check = outcomes([run for arm in tested_arms for run in arms[arm].values()])
     mixed: list[str] = []
+    missing: list[str] = []
+    no_outcome: dict[tuple[str, str], list[int]] = {}
     single: dict[tuple[str, str], tuple[int, float]] = {}
     others_to_off = tuple((arm, FIRST[1]) for arm in ARMS if arm not in FIRST)
     differ = {(a, b): confounders(arms, a, b) for a, b in (FIRST, SECOND, *others_to_off) if a in arms and b in arms}
@@ -273,11 +299,20 @@ def analyse(arms: Arms, lost: dict[str, set[str]] | None = None) -> Analysis:
         mixed.extend(line for line in left_out if line not in mixed)
         all_differences = {x.seed: outcome.of(x) - outcome.of(y) for x, y in good}
         finite = {seed: difference for seed, difference in all_differences.items() if math.isfinite(difference)}
+        without = sorted(all_differences.keys() - finite.keys())
+        if without and outcome is primary:
+            no_outcome[a, b] = without
+            return None
+        if without and finite:
+            kept = "it is not compared" if outcome.may_not_happen else "these pairs are left out of it"
+            missing.append(f"{a} - {b}: the {outcome.name} has no value for seed {_listed(without)}, so {kept}")
+            if outcome.may_not_happen:
+                return None
         if len(finite) < 2:
             if finite and outcome is primary:
                 single[a, b] = next(iter(finite.items()))
             return None
-        margin = margin_of(arms, a, b) if outcome is primary else None
+        margin = margin_of(arms, a, b) if outcome is primary and outcome.unit == "nats" else None
         return Row(outcome, a, b, finite, contrast(list(finite.values()), margin), differ[a, b])
 
     described = rows(primary, others_to_off)
@@ -287,8 +322,10 @@ def analyse(arms: Arms, lost: dict[str, set[str]] | None = None) -> Analysis:
     ]
     rounding = [line for a, b in differ if (line := machine_difference(arms, a, b))]
     tested = rows(primary, (FIRST, SECOND))
+    checked = rows(check, (FIRST, SECOND))
+    margins = [names for names in (FIRST, SECOND) if names in differ and len(margins_of(arms, *names)) > 1]
     return Analysis(
-        primary, tested, described, rows(check, (FIRST, SECOND)), mixed, rounding, lost or {}, single, differ
+        primary, tested, described, checked, mixed, rounding, lost or {}, single, differ, missing, margins, no_outcome
     )
 
 
@@ -299,6 +336,9 @@ def why_no_verdict(analysis: Analysis, arms: tuple[str, str]) -> str | None:
         return "; ".join(analysis.lost_runs(arm) for arm in arms if analysis.lost.get(arm))
     if analysis.confounders.get(arms) and (r is not None or arms in analysis.single):
         return f"'{arms[0]}' and '{arms[1]}' also differ in {', '.join(analysis.confounders[arms])}"
+    if analysis.no_outcome.get(arms):
+        seeds = _listed(analysis.no_outcome[arms])
+        return f"the outcome has no value in a run of '{arms[0]}' or '{arms[1]}' (seed {seeds})"
     if r is None and arms in analysis.single:
         return f"one pair of runs is no evidence: {CHANCE}; a verdict needs {MIN_PAIRS} pairs"
     if r is None:
@@ -337,14 +377,17 @@ def single_pair(analysis: Analysis, a: str, b: str) -> str:
     seed, difference = analysis.single[a, b]
     if analysis.confounders.get((a, b)):
         return f"{a} against {b}: the losses of the pair (seed {seed}) are not compared."
-    return (
-        f"{a} against {b}: the {analysis.outcome.name} differs by {number(difference)} nats in one pair (seed {seed})."
-    )
+    what = f"{a} against {b}: the {analysis.outcome.name} differs by {number(difference)} {analysis.outcome.unit}"
+    return f"{what} in one pair (seed {seed})."
 
 
 def number(value: float) -> str:
     """A difference in nats with its sign: four decimals, or two digits if it is too small for these."""
     return f"{value:+.4f}" if abs(value) >= 5e-4 or value == 0 else f"{value:+.1e}"
+
+
+def _listed(seeds: Iterable[int]) -> str:
+    return ", ".join(map(str, seeds))
 
 
 def _direction(c: Contrast) -> str:
@@ -402,13 +445,17 @@ def upper_bound(analysis: Analysis) -> str | None:
     """What the arm whose beta follows the measured worth says about every signal; None without enough pairs."""
     contrast = (UPPER_BOUND, FIRST[1])
     r = next((r for r in analysis.described if (r.a, r.b) == contrast and r.outcome is analysis.outcome), None)
-    if r is None or not r.contrast.is_enough or r.confounders:
+    is_lost = any(analysis.lost.get(arm) for arm in contrast)
+    if r is None or not r.contrast.is_enough or r.confounders or is_lost or r.outcome.unit != "nats":
         return None
     c = r.contrast
-    gain = f"a gain larger than {-c.low:.4f} nats is excluded" if c.low < 0 else "a gain is excluded"
+    gain = (
+        f"the interval excludes a gain larger than {-c.low:.4f} nats" if c.low < 0 else "the interval excludes a gain"
+    )
     return (
         f"Upper bound: with a beta that follows the measured worth of the experts, the {r.outcome.name} differs by "
-        f"{number(c.mean)} nats from '{r.b}' (95% interval {number(c.low)} to {number(c.high)}); {gain}."
+        f"{number(c.mean)} nats from '{r.b}' (95% interval {number(c.low)} to {number(c.high)}); {gain}, if the "
+        "differences are symmetric about their mean. The worth is measured with errors; better values could gain more."
     )
 
 

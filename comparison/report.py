@@ -33,7 +33,7 @@ from comparison.analysis import (
 from comparison.figures import COLOURS, Figure
 from comparison.probe import Probe, probe
 from comparison.runs import Arms, Run, effective
-from comparison.tables import COLUMNS, DRIVERS, Table, as_text, cells, short_verdict
+from comparison.tables import COLUMNS, DRIVERS, Table, as_text, cells, protocol_warnings, short_verdict
 from trainer.errors import UserError
 from trainer.files import atomic_write, parse_json, read_text
 from trainer.settings import domain
@@ -94,7 +94,14 @@ class Comparison:
         verdicts = [single_pair(self.analysis, *arms) for arms in self.analysis.single]
         verdicts += [verdict(self.analysis, r) for r in self.analysis.primary]
         bound = upper_bound(self.analysis)
-        return [*self.analysis.warnings, *self.changes, *verdicts, *([bound] if bound else []), *self.next_step]
+        return [
+            *self.analysis.warnings,
+            *self.changes,
+            *protocol_warnings(self.arms),
+            *verdicts,
+            *([bound] if bound else []),
+            *self.next_step,
+        ]
 
     @property
     def next_step(self) -> list[str]:
@@ -254,7 +261,7 @@ def write(out: Path, comparison: Comparison) -> dict[str, Path]:
 
 def image_name(folder: str, figure: Figure) -> str:
     """The path of a figure's PNG."""
-    return f"{folder}/{re.sub('[^a-z]+', '_', figure.title.lower())}.png"
+    return f"{folder}/{re.sub('[^a-z0-9]+', '_', figure.title.lower())}.png"
 
 
 def write_files(out: Path, contents: dict[str, str | bytes]) -> None:

@@ -24,7 +24,7 @@ from trainer.arms import ARMS, CUSTOM, arm_of, contradiction
 from trainer.environment import ENVIRONMENT, UNKNOWN
 from trainer.errors import UserError
 from trainer.files import open_regular, parse_json, read_text
-from trainer.settings import COMPARED, keys
+from trainer.settings import COMPARED, check_schedule, domain, keys
 
 KEYS = keys()
 ROLE_OF_KEY: dict[str, str] = {name: key.role for name, key in KEYS.items()} | ENVIRONMENT
@@ -213,10 +213,10 @@ def checked(run: Run) -> Run:
             raise UserError(f"{name}: its settings are not those of a run, {key} is missing")
     try:
         config = config | {key: KEYS[key].check(value) for key, value in config.items() if key in KEYS}
-        for key, parse in (("data_schedule", parse_schedule), ("chrono_ramp", parse_ramp)):
-            if config.get(key):
-                parse(config[key])
-    except ValueError as e:
+        check_schedule(config["dataset"], config.get("data_schedule") or "")
+        if config.get("chrono_ramp"):
+            parse_ramp(config["chrono_ramp"])
+    except (ValueError, UserError) as e:
         raise UserError(f"{name}: its settings are not those of a run: {e}") from None
     run = replace(run, config=config)
     metrics = (v for line in run.lines for v in line.values() if v is not None)
@@ -291,6 +291,12 @@ def _with_complete_logs(run: Run) -> Run:
         raise UserError(f"{name}: the evaluation of step {step} is missing from its logs")
     if not all(isinstance(loss, (int, float)) and math.isfinite(loss) for loss in losses.values()):
         raise UserError(f"{name}: a validation loss is not a number")
+    schedule = run.config.get("data_schedule")
+    for text in dict(parse_schedule(schedule)) if schedule else ():
+        metric = f"val/{domain(text)}/loss"
+        step = next((line["step"] for line in run.lines if "val/loss" in line and line.get(metric) is None), None)
+        if step is not None:
+            raise UserError(f"{name}: {metric} of step {step} is missing from its logs")
     if not any("log_interval" in (start.get("changed") or {}) for start in run.history):
         step = missing(run.config["log_interval"], set(steps))
         if step is not None:
@@ -377,11 +383,12 @@ def confounders(arms: Arms, a: str, b: str) -> list[str]:
     """Settings in which two arms differ, except those that define them: "key (value in a against value in b)"."""
     one, other = (next(iter(arms[name].values())).config for name in (a, b))
     defining = ARMS.get(a, {}).keys() | ARMS.get(b, {}).keys()
-    return [
-        f"{key} ({_short(value_of(one, key))} against {_short(value_of(other, key))})"
-        for key in differing(one, other)
-        if key not in defining
-    ]
+    found = [key for key in differing(one, other) if key not in defining and key not in ("margin", "protocol")]
+    # the outcome reads the ramp, which has no effect itself where beta is off
+    found += ["chrono_ramp"] * (
+        value_of(one, "chrono_ramp") != value_of(other, "chrono_ramp") and "chrono_ramp" not in found
+    )
+    return [f"{key} ({_short(value_of(one, key))} against {_short(value_of(other, key))})" for key in found]
 
 
 def machine_difference(arms: Arms, a: str, b: str) -> str | None:

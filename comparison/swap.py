@@ -173,10 +173,15 @@ class Swap:
         if self.verdict == "effect":
             word = "lower" if c.mean < 0 else "higher"
             size = f", by less than the margin of {c.margin:g} nats" if c.is_equivalent else ""
-            return f"With a beta the loss is {word} on the text that it was trained with{size}."
+            return (
+                f"The loss is {word} with the beta that was trained on a text than with the other beta, relative to "
+                f"the other text{size}. Weights that adapted to their own beta can cause this too: see the other beta "
+                "on its own last text."
+            )
         if self.verdict == "no effect":
             return (
-                f"A beta is neither better nor worse on its own last text by the margin of {c.margin:g} nats or more."
+                f"A beta is neither better nor worse on its own last text by the margin of {c.margin:g} nats or more, "
+                "relative to the other text."
             )
         return f"Undecided: a beta may be better on the text that it was trained with, or not; {what_would_decide(c)}."
 

@@ -99,7 +99,8 @@ def by_arm(arms: Arms, analysis: Analysis) -> Table:
         difference, interval, p = "", "", ""
         if arm != reference and reference in arms:
             of_pairs = [analysis.outcome.of(x) - analysis.outcome.of(y) for x, y in pairs(arms, arm, reference)[0]]
-            difference = number(statistics.fmean(of_pairs)) if of_pairs else ""
+            is_known = of_pairs and all(map(math.isfinite, of_pairs))
+            difference = number(statistics.fmean(of_pairs)) if is_known else ""
         if row is not None:
             c = row.contrast
             interval = f"{number(c.low)} to {number(c.high)}" if c.is_enough else ""
@@ -119,6 +120,8 @@ def by_arm(arms: Arms, analysis: Analysis) -> Table:
 
 
 def _mean_and_sd(values: list[float]) -> str:
+    if not all(map(math.isfinite, values)):
+        return UNUSED
     mean = f"{statistics.fmean(values):.4f}"
     return f"{mean} ± {statistics.stdev(values):.4f}" if len(values) > 1 else mean
 
@@ -211,6 +214,19 @@ def provenance(arms: Arms, command: str, date: str) -> Table:
         ["report", date],
     ]
     return Table(["", ""], [row for row in rows if row[1]])
+
+
+def protocol_warnings(arms: Arms) -> list[str]:
+    """A warning if runs declare different protocols, or if one was not committed when a run began."""
+    runs = [run for members in arms.values() for run in members.values()]
+    files = {run.config.get("protocol") or "" for run in runs}
+    if files == {""}:
+        return []
+    commits = {str(run.history[0].get("protocol_commit")) for run in runs}
+    found = ["the runs declare different protocols"] if len(files) > 1 else []
+    found += ["the protocol changed between the runs"] if len(files) == 1 and len(commits) > 1 else []
+    uncommitted = any(commit == "None" or commit.endswith("-dirty") for commit in commits)
+    return found + (["the protocol was not committed when a run began"] if uncommitted else [])
 
 
 def protocol_of(runs: list[Run]) -> str:

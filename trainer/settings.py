@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ class Settings:
     protocol: str = option(
         "",
         "file that describes the study before its runs; each run records the last commit of this file",
-        role="logging",
+        role="study",
     )
     eval_interval: int = option(2000, "steps between evaluations", least=1)
     eval_iters: int = option(200, "validation batches per evaluation, the same in every evaluation", least=1)
@@ -195,11 +196,11 @@ class Settings:
         25,
         "signal 'worth': steps between measurements, whose time is not in time/step_ms",
         least=1,
-        only_with="chrono_beta",
+        only_with="chrono_signal=worth",
         group="Signals",
     )
     worth_batches: int = option(
-        2, "signal 'worth': batches of training text per measurement", least=1, only_with="chrono_beta"
+        2, "signal 'worth': batches of training text per measurement", least=1, only_with="chrono_signal=worth"
     )
 
     chrono: ChronoConfig = field(default_factory=ChronoConfig)
@@ -211,7 +212,7 @@ class Settings:
 
     @property
     def schedule(self) -> list[tuple[str, int]]:
-        """(dataset, first training step) of each phase. Raises ValueError for a data_schedule that is malformed."""
+        """(dataset, first training step) of each phase."""
         return parse_schedule(self.data_schedule) if self.data_schedule else [(self.dataset, 0)]
 
     @property
@@ -293,7 +294,7 @@ def from_values(values: dict[str, Any]) -> Settings:
         GPTConfig(**settings.model_args(vocab_size=1))
     except ValueError as e:
         raise UserError(str(e)) from None
-    _check_schedule(settings)
+    check_schedule(settings.dataset, settings.data_schedule)
     if settings.measures_worth and settings.top_k == settings.n_exp:
         raise UserError(
             f"{PREFIX}signal='worth' masks one expert at a time, and top_k={settings.top_k} needs all n_exp="
@@ -307,22 +308,29 @@ def from_values(values: dict[str, Any]) -> Settings:
     return settings
 
 
-def _check_schedule(settings: Settings) -> None:
-    """Raises UserError unless data_schedule is empty, or well-formed and begins with dataset."""
+def check_schedule(dataset: str, data_schedule: str) -> None:
+    """Raises UserError unless a data_schedule is empty, or well-formed, begins with dataset and has distinct names."""
+    if not data_schedule:
+        return
     try:
-        first = settings.schedule[0][0]
+        schedule = parse_schedule(data_schedule)
     except ValueError as e:
         raise UserError(f"data_schedule: {e}") from None
-    if first != settings.dataset:
+    if schedule[0][0] != dataset:
         raise UserError(
-            f"data_schedule={settings.data_schedule!r} begins with {first!r}, and dataset={settings.dataset!r}: they "
-            "must be the same"
+            f"data_schedule={data_schedule!r} begins with {schedule[0][0]!r}, and dataset={dataset!r}: they must be "
+            "the same"
         )
     names: dict[str, str] = {}
-    for dataset in dict(settings.schedule):
-        other = names.setdefault(domain(dataset), dataset)
-        if other != dataset:
-            raise UserError(f"data_schedule: {other} and {dataset} have one name in the logs, {domain(dataset)!r}")
+    for name in dict(schedule):
+        other = names.setdefault(domain(name), name)
+        if other != name:
+            raise UserError(f"data_schedule: {other} and {name} have one name in the logs, {domain(name)!r}")
+        if not re.fullmatch(r"(?!L\d+$|train$|val$)[\w.-]{1,60}", domain(name), re.ASCII):
+            raise UserError(
+                f"data_schedule: {domain(name)!r} cannot be a name in the logs: use letters, digits, '_', '-' and '.', "
+                "and not 'train', 'val' or 'L0'"
+            )
 
 
 def domain(dataset: str) -> str:

@@ -55,7 +55,8 @@ def test_a_strength_that_differs_in_another_setting_is_not_compared(folders, tmp
     for seed in range(8):
         write(tmp_path / "wide" / f"seed{seed}", make_run(seed, arm="on", chrono_eta=0.5, batch_size=7))
     assert compare.main(["--dose", *map(str, folders), str(tmp_path / "wide"), f"--out_dir={tmp_path / 'out'}"]) == 0
-    assert "0.5, 0.3" not in (printed := capsys.readouterr().out) and "also differ in batch_size" in printed
+    printed = capsys.readouterr().out
+    assert "\n0.5, 0.3" not in printed and "eta, k_max = 0.5, 0.3: its runs also differ in batch_size" in printed
 
 
 def test_too_few_strengths_and_other_options_are_one_line(folders, tmp_path):

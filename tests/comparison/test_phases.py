@@ -15,8 +15,10 @@ from comparison.analysis import (
     phases,
     upper_bound,
 )
+from comparison.runs import checked, group_into_arms
 from comparison.tables import by_arm
-from tests.comparison.studies import arms_of, make_run
+from tests.comparison.studies import arms_of, make_run, make_study
+from tests.helpers.runs import error_of
 
 SCHEDULE = dict(data_schedule="stdlib@0 prose@40 stdlib@80", dataset="stdlib")
 
@@ -27,7 +29,7 @@ def shift_run(seed, arm, forgets, extra=0.0, **changes):
     lines = []
     for line in run.lines:
         step = line["step"]
-        code = 3 - step / 40 if step <= 40 else 2 + forgets * (step - 40) / 40 if step <= 80 else 2 + forgets / step
+        code = 3 - step / 40 if step <= 40 else 2 + forgets * (step - 40) / 40 if step <= 80 else 1.9 + forgets / 90
         losses = {"val/loss": code, "val/stdlib/loss": code, "val/prose/loss": 4 - step / 100 + extra}
         lines.append(line | losses)
     return dataclasses.replace(run, lines=lines)
@@ -85,8 +87,8 @@ def ramp_run(seed, arm, lag, **changes):
     lines = []
     for line in run.lines:
         step = line["step"]
-        strength = 1 - abs(step - 50) / 50
-        neff = 8 - 5 * strength**2 - lag * (0 < 100 - step < 50)
+        strength = 1 - abs(step - 51) / 50  # that step - 1 has set
+        neff = 8 - 5 * strength**2 - lag * (step > 51)
         lines.append(line | ({"routing/L0/neff": neff, "routing/L2/neff": neff} if step else {}))
     return dataclasses.replace(run, lines=lines)
 
@@ -95,13 +97,12 @@ def ramp_run(seed, arm, lag, **changes):
 def test_branches_of_a_ramp_are_compared_at_equal_strengths(lag):
     run = ramp_run(0, "on", lag)
     levels = np.arange(0.1, 0.95, 0.1)
-    # the line of step 0 has no Neff, so the rising branch begins at strength 0.2
+    # the line of step 0 has no Neff, so the rising branch begins at strength 0.18
     assert math.isnan(between_branches(run, "neff"))
     full = dataclasses.replace(run, lines=[run.lines[0] | {"routing/L0/neff": 8.0}, *run.lines[1:]])
-    up = np.interp(levels, [0, 0.2, 0.4, 0.6, 0.8, 1], [8 - 5 * s**2 for s in (0, 0.2, 0.4, 0.6, 0.8, 1)])
-    down = np.interp(
-        levels, [0, 0.2, 0.4, 0.6, 0.8, 1], [8 - 5 * s**2 - lag * (0 < s < 1) for s in (0, 0.2, 0.4, 0.6, 0.8, 1)]
-    )
+    rising = [(0, 8.0), *((0.2 * i - 0.02, 8 - 5 * (0.2 * i - 0.02) ** 2) for i in range(1, 6))]
+    falling = [(0.2 * i + 0.02, 8 - 5 * (0.2 * i + 0.02) ** 2 - lag) for i in range(5)] + [rising[-1]]
+    up, down = (np.interp(levels, *zip(*branch)) for branch in (rising, falling))
     assert between_branches(full, "neff") == pytest.approx((down - up).mean())
 
 
@@ -115,7 +116,96 @@ def test_runs_that_are_no_ramp_have_the_usual_outcome():
 def test_the_upper_bound_says_what_gain_the_interval_excludes():
     runs = [make_run(seed, shift, arm) for arm, shift in (("off", 0), ("on", 0), ("worth", -0.01)) for seed in range(8)]
     sentence = upper_bound(analyse(arms_of(runs)))
-    assert "differs by -0.0100 nats from 'off'" in sentence and "a gain larger than 0.0100 nats is excluded" in sentence
+    assert "differs by -0.0100 nats from 'off'" in sentence and "excludes a gain larger than 0.0100 nats" in sentence
     few = [run for run in runs if run.seed < 5]
     assert upper_bound(analyse(arms_of(few))) is None
     assert upper_bound(analyse(arms_of([run for run in runs if run.arm != "worth"]))) is None
+
+
+def study(effect=0.0, seeds=8, **changes):
+    """Shift runs of `off` and `on`. changes: settings of `on`."""
+    runs = [shift_run(seed, "off", 0.8 + 0.01 * seed) for seed in range(seeds)]
+    return runs + [shift_run(seed, "on", 0.8 + 0.01 * seed + effect, **changes) for seed in range(seeds)]
+
+
+def without(run, metric, at=None):
+    """The run without a metric, at one step or at all."""
+    lines = [{k: v for k, v in line.items() if k != metric or at not in (None, line["step"])} for line in run.lines]
+    return dataclasses.replace(run, lines=lines)
+
+
+def test_a_run_that_lacks_the_loss_of_a_text_cannot_be_used():
+    run = shift_run(0, "on", 0.5)
+    assert checked(run)
+    assert "val/prose/loss of step 80 is missing" in error_of(checked, without(run, "val/prose/loss", at=80))
+    assert "val/stdlib/loss of step 0 is missing" in error_of(checked, without(run, "val/stdlib/loss"))
+
+
+def test_an_outcome_that_does_not_happen_in_every_run_is_not_compared():
+    runs = study()
+    stuck = [dataclasses.replace(r, lines=[x | {"val/stdlib/loss": 2.5} if x["step"] > 80 else x for x in r.lines])
+             if r.arm == "on" and r.seed < 3 else r for r in runs]  # fmt: skip
+    name = "steps on stdlib until its loss is what it was before prose"
+    assert name in [r.outcome.name for r in analyse(arms_of(runs)).described]
+    analysis = analyse(arms_of(stuck))
+    assert name not in [r.outcome.name for r in analysis.described]
+    assert any("has no value for seed 0, 1, 2, so it is not compared" in line for line in analysis.warnings)
+
+
+def test_a_primary_outcome_without_a_value_has_no_verdict_and_no_number():
+    runs = [ramp_run(seed, arm, 0.1) for arm in ("off", "on") for seed in range(8)]  # no Neff at low strengths
+    analysis = analyse(arms_of(runs))
+    assert conclusion(analysis).startswith("No verdict: the outcome has no value in a run of 'on' or 'off' (seed 0, 1")
+    assert [row[3] for row in by_arm(arms_of(runs), analysis).rows] == ["-", "-"]
+
+
+def test_the_outcome_is_that_of_the_tested_arms_whatever_other_runs_there_are():
+    others = [make_run(seed, 0.0, "walk") for seed in range(8)]
+    for runs in (study(0.3), [*study(0.3), *others]):
+        analysis = analyse(arms_of(runs))
+        assert analysis.outcome.name.startswith("mean validation loss in stdlib over the last quarter of the prose")
+        assert analysis.row(("on", "off")).contrast.mean == pytest.approx(0.3)
+
+
+def test_another_ramp_is_a_confounder_also_where_beta_is_off():
+    full = [{"routing/L0/neff": 8.0}]
+    runs = [ramp_run(s, "off", 0.0, chrono_ramp="0@0 1@30 0@100") for s in range(8)]
+    runs += [ramp_run(s, "on", 0.0) for s in range(8)]
+    runs = [dataclasses.replace(r, lines=[r.lines[0] | full[0], *r.lines[1:]]) for r in runs]
+    assert 'chrono_ramp ("0@0 1@50 0@100" against "0@0 1@30 0@100")' in conclusion(analyse(arms_of(runs)))
+
+
+def test_the_margin_of_a_loss_is_not_used_for_an_outcome_in_other_units():
+    runs = [ramp_run(seed, arm, 0.0, margin=0.5) for arm in ("off", "on") for seed in range(8)]
+    runs = [dataclasses.replace(r, lines=[r.lines[0] | {"routing/L0/neff": 8.0}, *r.lines[1:]]) for r in runs]
+    row = analyse(arms_of(runs)).row(("on", "off"))
+    assert row.outcome.unit == "experts" and row.contrast.margin is None
+
+
+def test_arms_with_different_margins_are_compared_without_one():
+    analysis = analyse(arms_of(study(0.3, margin=0.5)))
+    assert analysis.row(("on", "off")).contrast.margin is None and "declare different margins" in analysis.warnings[0]
+    assert conclusion(analysis).startswith("Beta raises")
+
+
+def test_the_upper_bound_is_silent_if_runs_are_lost():
+    runs = [make_run(seed, shift, arm) for arm, shift in (("off", 0), ("on", 0), ("worth", -0.01)) for seed in range(8)]
+    assert upper_bound(analyse(arms_of(runs), {"worth": {"9"}})) is None
+
+
+def test_settings_that_only_one_signal_reads_are_no_confounders():
+    keys = dict(chrono_spread=0.5, worth_interval=7, worth_batches=3)
+    analysis = analyse(arms_of(make_study(effect=0.0, on=keys)))
+    assert not analysis.warnings and conclusion(analysis).startswith("Beta has no effect")
+    frozen = [make_run(seed, 0.0, "frozen", chrono_spread=0.1 * (1 + seed // 7)) for seed in range(8)]
+    assert group_into_arms([checked(run) for run in frozen])[2]  # within the arm it matters
+
+
+NAMES = ["L0", "val", "train", "a\x07b", "ü", "a b", "x" * 61]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_text_whose_name_cannot_be_logged_is_refused(name):
+    schedule = f"stdlib@0 {name}@40"
+    message = error_of(checked, make_run(0, **SCHEDULE | dict(data_schedule=schedule)))
+    assert "cannot be a name in the logs" in message or "must be VALUE@STEP" in message
