@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 import compare
+from chronomoe.signals import SIGNALS
 from comparison import report, wandb_runs
 from comparison.analysis import FIRST, SECOND, analyse, conclusion, last_quarter, steps_to_loss, verdict
 from comparison.probe import probe
@@ -118,11 +119,12 @@ def test_settings_without_effect_and_of_the_machine_do_not_separate_runs():
 
 def test_arms_are_defined_by_what_drives_beta():
     load = dict(chrono_gates="clean", chrono_eta=1e-3, chrono_k_max=10.0, chrono_bridge=False, use_aux_loss=False)
-    drivers = {"on": "coherence", "shuffled": "shuffled", "load": "load"}
+    drivers = {name: name for name in SIGNALS if name != "coherence"} | {"on": "coherence"}
     beta_on = {arm: {"chrono_beta": True, "chrono_signal": signal} for arm, signal in drivers.items()}
     assert ARMS == beta_on | {"off": {"chrono_beta": False}, "load": beta_on["load"] | load}
     assert all(arm_of(Settings().flat() | settings) == arm for arm, settings in ARMS.items())
     assert arm_of(Settings().flat() | ARMS["load"] | {"chrono_eta": 0.5}) == CUSTOM
+    assert compare.Options().arms == "off,on,shuffled,load"
 
 
 def test_study_changed_after_its_report_gets_a_warning(tmp_path):
