@@ -277,7 +277,7 @@ def analyse(arms: Arms, lost: dict[str, set[str]] | None = None) -> Analysis:
             if finite and outcome is primary:
                 single[a, b] = next(iter(finite.items()))
             return None
-        margin = margin_of(arms, a, b) if outcome is primary else None
+        margin = margin_of(arms, a, b) if outcome is primary and outcome.unit == "nats" else None
         return Row(outcome, a, b, finite, contrast(list(finite.values()), margin), differ[a, b])
 
     described = rows(primary, others_to_off)
@@ -337,8 +337,9 @@ def single_pair(analysis: Analysis, a: str, b: str) -> str:
     seed, difference = analysis.single[a, b]
     if analysis.confounders.get((a, b)):
         return f"{a} against {b}: the losses of the pair (seed {seed}) are not compared."
+    outcome = analysis.outcome
     return (
-        f"{a} against {b}: the {analysis.outcome.name} differs by {number(difference)} nats in one pair (seed {seed})."
+        f"{a} against {b}: the {outcome.name} differs by {number(difference)} {outcome.unit} in one pair (seed {seed})."
     )
 
 
@@ -399,10 +400,13 @@ def conclusion(analysis: Analysis) -> str:
 
 
 def upper_bound(analysis: Analysis) -> str | None:
-    """What the arm whose beta follows the measured worth says about every signal; None without enough pairs."""
+    """What the arm whose beta follows the measured worth says about every signal.
+
+    None without enough pairs, or if the outcome is not a loss.
+    """
     contrast = (UPPER_BOUND, FIRST[1])
     r = next((r for r in analysis.described if (r.a, r.b) == contrast and r.outcome is analysis.outcome), None)
-    if r is None or not r.contrast.is_enough or r.confounders:
+    if r is None or not r.contrast.is_enough or r.confounders or r.outcome.unit != "nats":
         return None
     c = r.contrast
     gain = f"a gain larger than {-c.low:.4f} nats is excluded" if c.low < 0 else "a gain is excluded"

@@ -13,7 +13,9 @@ from comparison.analysis import (
     is_ramp,
     outcomes,
     phases,
+    single_pair,
     upper_bound,
+    verdict,
 )
 from comparison.tables import by_arm, provenance
 from tests.comparison.studies import START, arms_of, make_run
@@ -148,6 +150,26 @@ def test_the_upper_bound_says_what_gain_the_interval_excludes():
     assert (
         upper_bound(analyse(arms_of([make_run(seed, 0.0, arm) for arm in ("off", "on") for seed in range(8)]))) is None
     )
+
+
+@pytest.mark.parametrize("seeds", [1, 8])
+def test_differences_of_neff_are_in_experts_and_have_neither_a_margin_nor_an_upper_bound(seeds):
+    def ramp(seed, lag, arm):
+        run = ramp_run(seed, arm, lag, margin=0.02)
+        return dataclasses.replace(run, lines=[run.lines[0] | {"routing/L0/neff": 8.0}, *run.lines[1:]])
+
+    runs = [
+        ramp(seed, lag + 0.01 * seed, arm)
+        for seed in range(seeds)
+        for arm, lag in (("off", 0), ("on", 0.7), ("worth", 0.2))
+    ]
+    analysis = analyse(arms_of(runs))
+    if seeds == 1:
+        assert "experts in one pair" in single_pair(analysis, "on", "off")
+    else:
+        assert "experts over 8 pairs" in verdict(analysis, analysis.row(("on", "off")))
+        assert analysis.row(("on", "off")).contrast.margin is None
+    assert upper_bound(analysis) is None
 
 
 def test_provenance_has_the_protocol_and_its_commit_at_the_start_of_each_run():
