@@ -442,7 +442,10 @@ def conclusion(analysis: Analysis) -> str:
 
 
 def upper_bound(analysis: Analysis) -> str | None:
-    """What the arm whose beta follows the measured worth says about every signal; None without enough pairs."""
+    """What the arm whose beta follows the measured worth says about every signal.
+
+    None without enough pairs, or if the outcome is not a loss.
+    """
     contrast = (UPPER_BOUND, FIRST[1])
     r = next((r for r in analysis.described if (r.a, r.b) == contrast and r.outcome is analysis.outcome), None)
     is_lost = any(analysis.lost.get(arm) for arm in contrast)

@@ -10,7 +10,7 @@ import torch
 from chronomoe import ChronoConfig, ChronoLoop, RouterState
 from chronomoe.beta import strength_at
 from chronomoe.schedule import parse_ramp, parse_schedule
-from chronomoe.signals import SIGNALS, normal_numbers, random_pattern
+from chronomoe.signals import SIGNALS, _uniform, normal_numbers, random_pattern
 from tests.helpers import models, reference
 from tests.helpers.models import adamw, assert_same, build, chrono, loop_state, tokens, trace_of, training_step
 
@@ -30,8 +30,11 @@ def test_beta_follows_the_smoothed_score_as_in_plain_python_through_skipped_step
         phi, kept = 2 * torch.rand(L, E) - 1, torch.randint(4, (L, E)) * torch.randint(2, (L, E))
         if step < 4:
             kept[:, 0] = 0  # an expert that is not observed at first
+        if step == 21:
+            kept[0, 1] = 1
         sums = dict(gated_norm=3 * torch.rand(L, E) * kept, first_order=torch.rand(L, E) * kept)
-        if step == 20:
+        sums["tokens_per_expert"] = kept + 1.0  # one token of each expert is over capacity
+        if step == 21:
             sums["first_order"][0, 1] = sums["gated_norm"][0, 1] = torch.inf
         trace, ok = trace_of(phi, kept, **sums), step % 5 != 0
         if step % 10 == 1:
@@ -74,6 +77,16 @@ def test_all_scored_signals_move_beta_as_fast_as_coherence_does():
     assert list(speeds.values()) == pytest.approx([speeds["coherence"]] * len(speeds), rel=1e-4)
 
 
+def test_neither_the_unit_nor_the_mean_of_scores_changes_how_fast_they_move_beta():
+    betas = []
+    for unit, mean in ((1.0, 0.0), (1.0, 1.0), (1e-6, 0.0)):
+        loop = ChronoLoop(RouterState(1, 4, chrono(signal="worth", eta=1.0, k_max=10.0)), [0])
+        loop.set_worth(unit * torch.tensor([[3e-3, -1e-3, 0.0, 5e-4]]) + mean)
+        loop.step(trace_of([[0.1, 0.4, 0.9, 0.5]], torch.ones(1, 4)))
+        betas.append(loop.router_state.beta_coeff)
+    torch.testing.assert_close(torch.stack(betas), betas[0].expand(3, 1, 4), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("signal", ["first_order", "reap", "worth"])
 @pytest.mark.parametrize("level", [0.0, 1e-30, 0.1, 1e30])
 def test_equal_scores_do_not_move_beta(signal, level):
@@ -110,6 +123,38 @@ def test_the_scale_of_the_loss_does_not_change_first_order():
         model, loop = build(chrono(signal="first_order"))
         sums.append(training_step(model, loop, adamw(model), scaler=scaler)([tokens(0)], 1).trace.first_order)
     torch.testing.assert_close(*sums)
+
+
+def test_first_order_leaves_out_the_auxiliary_loss_of_its_layer():
+    sums = []
+    for use_aux_loss in (False, True):
+        model, loop = build(chrono(signal="first_order"), use_aux_loss=use_aux_loss, aux_loss_weight=10.0)
+        sums.append(training_step(model, loop, adamw(model))([tokens(0)], 1).trace.first_order)
+    # of the last layer: the gates of other layers change the auxiliary losses of the layers above them
+    torch.testing.assert_close(sums[0][-1], sums[1][-1])
+
+
+def test_a_loop_without_a_training_step_reads_first_order_and_sets_it_to_zero_in_place():
+    """A CUDA graph writes to the address of the gradient."""
+    model, loop = build(chrono(signal="first_order"))
+    addresses = set()
+    for _ in range(2):
+        _, loss, trace = model(*tokens(0), return_trace=True)
+        loss.backward()
+        expected = model.router_state.probe.grad.clone()
+        loop.step(trace)
+        assert torch.equal(loop.last.first_order, expected) and expected.max() > 0
+        assert model.router_state.probe.grad.abs().max() == 0
+        addresses.add(model.router_state.probe.grad.data_ptr())
+    assert len(addresses) == 1
+
+
+@pytest.mark.parametrize("signal", SIGNALS)
+def test_only_the_signal_that_needs_a_sum_pays_for_it(signal):
+    model, loop = build(chrono(signal=signal, **SPREAD), n_layer=1)
+    trace = training_step(model, loop, adamw(model))([tokens(0)], 1).trace
+    found = [name for name in ("first_order", "gated_norm") if getattr(trace, name) is not None]
+    assert found == [name for name in [SIGNALS[signal].needs] if name]
 
 
 def test_first_order_needs_a_backward():
@@ -211,6 +256,31 @@ def test_random_numbers_are_those_of_splitmix64_and_box_muller():
     torch.testing.assert_close(found, torch.tensor(expected).view(2, 3), rtol=1e-4, atol=1e-5)
 
 
+def test_the_score_is_logged_by_expert_and_is_null_before_the_first_observation():
+    loop = ChronoLoop(RouterState(1, 2, chrono(signal="reap")), [4])
+    loop.step(trace_of([[0.5, 0.5]], [[0, 3]], gated_norm=torch.tensor([[0.0, 6.0]])))
+    found = loop.read()
+    assert found["expert/L4_E0/score"] is None and found["expert/L4_E1/score"] == pytest.approx(2)
+
+
+def test_uniform_numbers_are_between_0_and_1():
+    """A 0 would make the walk infinite."""
+    u = _uniform(torch.tensor([0, -1, 2**63 - 1, -(2**63)]))
+    assert (0 < u).all() and (u < 1).all()
+
+
+def test_a_walk_depends_on_the_seed_and_goes_on_in_a_skipped_step():
+    loops = [ChronoLoop(RouterState(2, 4, chrono(signal="walk")), [0, 2], seed) for seed in (1, 1, 2)]
+    trace, seen = trace_of(torch.rand(2, 4), torch.ones(2, 4)), []
+    for is_skipped in (0.0, 1.0, 0.0):
+        for loop in loops:
+            loop.step(trace, torch.tensor(is_skipped))
+        one, same, other = (loop.signals.noise.clone() for loop in loops)
+        assert torch.equal(one, same) and not torch.isclose(one, other).any()
+        assert not any(torch.isclose(one, before).any() for before in seen)
+        seen.append(one)
+
+
 def test_a_walk_has_the_autocorrelation_of_its_factor():
     loop = ChronoLoop(RouterState(100, 20, chrono(signal="walk", alpha_slow=0.9)), list(range(100)))
     trace, seen = trace_of(torch.rand(100, 20), torch.ones(100, 20)), []
@@ -248,9 +318,20 @@ def test_a_ramp_scales_the_drift_and_the_bound_of_beta():
         assert loop.read()["beta/strength"] == pytest.approx([0, 0.25, 0.5, 0.75, 1, 0.75, 0.5, 0.25, 0][len(seen)])
     # drift 0.3 s up to 0.25 + 0.5 + 0.75 + 1 + ..., bound s
     assert seen == pytest.approx([0.075, 0.225, 0.45, 0.75, 0.75, 0.5, 0.25, 0.0])
-    before = loop.router_state.beta_coeff.clone()
-    loop.step(trace, torch.tensor(1.0))
-    assert torch.equal(loop.router_state.beta_coeff, before)
+    skipped = ChronoLoop(RouterState(1, 2, chrono(signal="load", eta=0.3, k_max=1.0, ramp="0.5@0")), [0])
+    skipped.step(trace, torch.tensor(1.0))
+    assert skipped.router_state.beta_coeff.abs().max() == 0
+
+
+def test_a_ramp_counts_the_steps_of_the_run():
+    loop = ChronoLoop(RouterState(1, 2, chrono(signal="load", ramp="0@0 1@8")), [0])
+    loop.began_at = 3  # step 2 was switched on after three steps
+    loop.step(trace_of([[0.5, 0.5]], [[1, 3]]))
+    assert loop.strength().item() == 0.5
+
+
+def test_a_name_in_a_schedule_can_hold_the_sign():
+    assert parse_schedule("a@b@0 c@12") == [("a@b", 0), ("c", 12)]
 
 
 SCHEDULES = {

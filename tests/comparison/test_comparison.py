@@ -80,7 +80,7 @@ def test_outcomes_are_means_after_three_quarters_and_steps_between_evaluations()
 
 CONFOUNDED = {  # key: (value in `on`, value in the others)
     **dict(learning_rate=(3e-2, 3e-3), n_embd=(16, 768), top_k=(1, 2), dtype=("bfloat16", "float32")),
-    **dict(aux_loss_weight=(0.1, 0.001), margin=(0.5, 0.02), eval_iters=(1, 200), vocab_size=(600, 257)),
+    **dict(aux_loss_weight=(0.1, 0.001), eval_iters=(1, 200), vocab_size=(600, 257)),
     **dict(weights_sha256=("abc", None), data_sha256=({"train.bin": "b"}, {"train.bin": "a"})),
     **dict(history=([START | {"step": 50}], [START]), chrono_gates=("clean", "biased")),
 }
@@ -96,7 +96,6 @@ def test_arms_that_differ_in_other_settings_get_no_verdict(key):
     row = analysis.row(against)
     assert f"No verdict: {reason}" in verdict(analysis, row) and any(reason in line for line in analysis.warnings)
     assert short_verdict(analysis, row) == "none" and "confounded" in report.cells(analysis, row)
-    assert (row.contrast.margin is None) == (key == "margin")
     assert against == SECOND or conclusion(analysis).startswith(f"No verdict: {reason}")
 
 
@@ -125,6 +124,7 @@ def test_arms_are_defined_by_what_drives_beta():
     assert ARMS == beta_on | {"off": {"chrono_beta": False}, "load": beta_on["load"] | load}
     assert all(arm_of(Settings().flat() | settings) == arm for arm, settings in ARMS.items())
     assert arm_of(Settings().flat() | ARMS["load"] | {"chrono_eta": 0.5}) == CUSTOM
+    assert compare.Options().arms == "off,on,shuffled,load"
 
 
 def test_study_changed_after_its_report_gets_a_warning(tmp_path):
@@ -184,7 +184,7 @@ DAMAGE = {  # the reason that is given: what is done to the folder of a run
     "decisions.jsonl: cannot be read (a name holds": lambda f: (f / "decisions.jsonl").write_text(
         '{"expert_id": "\\ud800", "reason": "", "action": "open", "step": 1}\n'
     ),
-    "its settings are not those of a run: 'prose' must be VALUE@STEP": lambda f: change_config(
+    "its settings are not those of a run: data_schedule: 'prose' must be VALUE@STEP": lambda f: change_config(
         f, data_schedule="prose"
     ),
     "must be a number from 0 to 1": lambda f: change_config(f, chrono_ramp="2@0"),

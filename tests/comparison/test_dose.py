@@ -28,7 +28,7 @@ def folders(tmp_path):
 
 
 def test_each_strength_is_compared_with_the_runs_without_beta(folders, tmp_path, capsys):
-    assert compare.main(["--dose", *map(str, folders), f"--out_dir={tmp_path / 'out'}"]) == 0
+    assert compare.main(["--dose", *map(str, reversed(folders)), f"--out_dir={tmp_path / 'out'}"]) == 0
     found = json.loads((tmp_path / "out" / "dose.json").read_text())
     strengths = {(s["eta"], s["k_max"]): s for s in found["strengths"]}
     assert [*strengths] == sorted(EFFECTS) and found["left_out"] == []

@@ -13,11 +13,13 @@ from comparison.analysis import (
     is_ramp,
     outcomes,
     phases,
+    single_pair,
     upper_bound,
+    verdict,
 )
 from comparison.runs import checked, group_into_arms
-from comparison.tables import by_arm
-from tests.comparison.studies import arms_of, make_run, make_study
+from comparison.tables import by_arm, provenance
+from tests.comparison.studies import START, arms_of, make_run, make_study
 from tests.helpers.runs import error_of
 
 SCHEDULE = dict(data_schedule="stdlib@0 prose@40 stdlib@80", dataset="stdlib")
@@ -38,6 +40,8 @@ def shift_run(seed, arm, forgets, extra=0.0, **changes):
 def test_phases_are_those_that_the_run_reached_and_equal_neighbours_are_one():
     run = make_run(0, data_schedule="stdlib@0 stdlib@10 x/prose@40 stdlib@90 prose@400")
     assert [dataclasses.astuple(p) for p in phases(run)] == [("stdlib", 0, 40), ("prose", 40, 90), ("stdlib", 90, 100)]
+    at_the_end = make_run(0, data_schedule="stdlib@0 prose@100")  # of 100 steps
+    assert [dataclasses.astuple(p) for p in phases(at_the_end)] == [("stdlib", 0, 100)]
     assert phases(make_run(0)) == [] and len(phases(make_run(0, data_schedule="stdlib@0"))) == 1
 
 
@@ -78,6 +82,18 @@ def test_the_steps_until_the_loss_is_back_count_from_the_return_and_are_linear_b
     assert steps.of(run(5, 4, 3, 2.5, 2.0, 3, 4, 4, 1.0, 2.5, 2.1)) == 0
 
 
+def test_only_runs_that_all_change_to_the_same_texts_have_the_outcomes_of_a_shift():
+    shift, plain = shift_run(0, "on", 0.5), make_run(1)
+    usual = "mean validation loss of the last quarter"
+    for runs in ([shift, plain], [plain, shift], [shift, shift_run(1, "on", 0.5, data_schedule="stdlib@0 prose@50")]):
+        assert outcomes(runs)[0].name == usual
+    names = [o.name for o in outcomes([shift])[1]]
+    of_another = [o.name for o in outcomes([shift_run(0, "on", 0, data_schedule="stdlib@0 prose@40 tables@80")])[1]]
+    returned = {"steps on stdlib until its loss is what it was before prose"}
+    returned |= {"mean validation loss in stdlib over the last quarter of its second phase"}
+    assert set(names) - set(of_another) == returned
+
+
 RAMP = dict(chrono_ramp="0@0 1@50 0@100", margin=None)
 
 
@@ -108,18 +124,64 @@ def test_branches_of_a_ramp_are_compared_at_equal_strengths(lag):
 
 def test_runs_that_are_no_ramp_have_the_usual_outcome():
     ramps = {"0@0 1@50 0@100": True, "1@0": False, "0@0 1@50": False, "": False, "0@0 1@5 0@9 1@20": False}
+    ramps["0.5@0 0@5 1@10 0@20"] = False
     assert {ramp: is_ramp(make_run(0, chrono_ramp=ramp)) for ramp in ramps} == ramps
     mixed = [make_run(0, chrono_ramp="0@0 1@50 0@100"), make_run(1)]
     assert outcomes(mixed)[0].name == "mean validation loss of the last quarter"
 
 
+def bounded(effect=-0.01, seeds=8, **changes):
+    """The sentence on the upper bound, and the contrast that it is about. changes: settings of arm `worth`."""
+    runs = [make_run(seed, 0.0, arm) for arm in ("off", "on") for seed in range(seeds)]
+    runs += [make_run(seed, effect + 0.001 * seed, "worth", **changes) for seed in range(seeds)]
+    analysis = analyse(arms_of(runs))
+    row = next((r for r in analysis.described if r.a == "worth" and r.outcome is analysis.outcome), None)
+    return upper_bound(analysis), row
+
+
 def test_the_upper_bound_says_what_gain_the_interval_excludes():
-    runs = [make_run(seed, shift, arm) for arm, shift in (("off", 0), ("on", 0), ("worth", -0.01)) for seed in range(8)]
-    sentence = upper_bound(analyse(arms_of(runs)))
-    assert "differs by -0.0100 nats from 'off'" in sentence and "excludes a gain larger than 0.0100 nats" in sentence
-    few = [run for run in runs if run.seed < 5]
-    assert upper_bound(analyse(arms_of(few))) is None
-    assert upper_bound(analyse(arms_of([run for run in runs if run.arm != "worth"]))) is None
+    sentence, row = bounded()
+    low = row.contrast.low
+    assert -0.01 < low < row.contrast.mean == pytest.approx(-0.0065)
+    assert "differs by -0.0065 nats from 'off'" in sentence
+    assert f"the interval excludes a gain larger than {-low:.4f} nats, if" in sentence
+    assert "; the interval excludes a gain, if" in bounded(0.01)[0]
+    assert bounded(seeds=5)[0] is None
+    assert bounded(batch_size=7)[0] is None  # the arms differ in another setting
+    assert (
+        upper_bound(analyse(arms_of([make_run(seed, 0.0, arm) for arm in ("off", "on") for seed in range(8)]))) is None
+    )
+
+
+@pytest.mark.parametrize("seeds", [1, 8])
+def test_differences_of_neff_are_in_experts_and_have_neither_a_margin_nor_an_upper_bound(seeds):
+    def ramp(seed, lag, arm):
+        run = ramp_run(seed, arm, lag, margin=0.02)
+        return dataclasses.replace(run, lines=[run.lines[0] | {"routing/L0/neff": 8.0}, *run.lines[1:]])
+
+    runs = [
+        ramp(seed, lag + 0.01 * seed, arm)
+        for seed in range(seeds)
+        for arm, lag in (("off", 0), ("on", 0.7), ("worth", 0.2))
+    ]
+    analysis = analyse(arms_of(runs))
+    if seeds == 1:
+        assert "experts in one pair" in single_pair(analysis, "on", "off")
+    else:
+        assert "experts over 8 pairs" in verdict(analysis, analysis.row(("on", "off")))
+        assert analysis.row(("on", "off")).contrast.margin is None
+    assert upper_bound(analysis) is None
+
+
+def test_provenance_has_the_protocol_and_its_commit_at_the_start_of_each_run():
+    def runs(*commits, **keys):
+        starts = [[START | {"protocol_commit": commit}, START | {"protocol_commit": "later"}] for commit in commits]
+        return [make_run(seed, history=history, **keys) for seed, history in enumerate(starts)]
+
+    declared = runs("b", "a", None, "b", protocol="docs/plan.md")
+    rows = dict(provenance(arms_of(declared), "", "").rows)
+    assert rows["protocol"] == "docs/plan.md, at the start of the runs: a, b, not committed"
+    assert "protocol" not in dict(provenance(arms_of(runs(None)), "", "").rows)
 
 
 def study(effect=0.0, seeds=8, **changes):

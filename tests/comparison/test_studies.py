@@ -98,6 +98,23 @@ def test_finished_runs_are_kept_only_for_the_same_settings_data_and_arm(study, t
     assert "vocab_size=600, but vocab_size=11" in error_of(plan, settings, tmp_path / "vocabulary", ["off"], 1)
 
 
+def test_a_finished_study_on_several_texts_is_kept_only_for_the_same_texts(tmp_path):
+    one, two = (write_dataset(tmp_path / name, 11, seed) for seed, name in enumerate(("one", "two")))
+    settings, out = [STUDY, *TINY, f"--dataset={one}", "--max_iters=2"], tmp_path / "study"
+    texts = f"--data_schedule={one}@0 {two}@1"
+    (job,) = plan([*settings, texts], out, ["off"], 1)
+    assert train.main(job.arguments) == 0
+    assert plan([*settings, texts], out, ["off"], 1)[0].finished
+    refused = error_of(plan, [*settings, f"--data_schedule={one}@0 {two}@2"], out, ["off"], 1)
+    assert "holds a run with data_schedule=" in refused
+    assert "no folder" in error_of(
+        plan, [*settings, f"--data_schedule={one}@0 nothing@1"], tmp_path / "new", ["off"], 1
+    )
+    shutil.rmtree(two)
+    write_dataset(two, 11, seed=9)
+    assert "holds a run with data_sha256=" in error_of(plan, [*settings, texts], out, ["off"], 1)
+
+
 def test_study_starts_all_arms_from_the_weights_that_its_config_names(study, tmp_path):
     settings, out = study
     source, config = out / "off_seed1" / "ckpt.pt", tmp_path / "from_weights.py"

@@ -104,12 +104,19 @@ def test_config_json_has_every_setting_and_the_environment(full_run, dataset):
     assert found["weights_from"] is found["weights_sha256"] is None and found["incomplete"] == []
 
 
-def test_the_commit_is_that_of_git_describe_and_reading_it_writes_nothing(tmp_path, monkeypatch):
-    def git(*arguments):
+@pytest.fixture
+def git(tmp_path, monkeypatch):
+    """git(*arguments) runs git in a folder that stands for the checkout. Returns what it prints."""
+
+    def run(*arguments):
         command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
         return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
 
     monkeypatch.setattr(environment, "ROOT", tmp_path)
+    return run
+
+
+def test_the_commit_is_that_of_git_describe_and_reading_it_writes_nothing(tmp_path, git):
     assert environment.git_commit() is None
     git("init")
     (tmp_path / "file").write_text("a")
@@ -122,6 +129,36 @@ def test_the_commit_is_that_of_git_describe_and_reading_it_writes_nothing(tmp_pa
         found = environment.git_commit()
         assert (tmp_path / ".git" / "index").stat() == before
         assert found == git("describe", "--always", "--dirty", "--abbrev=40") and found.endswith("-dirty") == is_dirty
+
+
+def test_the_protocols_commit_is_the_last_one_that_changed_it(tmp_path, git):
+    path, other = tmp_path / "protocol.md", tmp_path / "other"
+    path.write_text("a")
+    assert environment.last_commit("protocol.md") is None  # outside of git
+    git("init")
+    assert environment.last_commit("protocol.md") is None
+    git("add", "protocol.md")
+    git("commit", "-m", "a protocol")
+    commit = git("rev-parse", "HEAD")
+    other.write_text("b")
+    git("add", "other")
+    git("commit", "-m", "another file")
+    other.write_text("changed")
+    assert environment.last_commit("protocol.md") == commit != git("rev-parse", "HEAD")
+    path.write_text("changed")
+    assert environment.last_commit("protocol.md") == f"{commit}-dirty"
+    (tmp_path / "new.md").write_text("not committed")
+    assert environment.last_commit("new.md") is environment.last_commit("absent.md") is None
+
+
+def test_a_run_records_the_commit_of_its_protocol_at_each_start(start, out, monkeypatch):
+    for step, commit in ((1, "first"), (2, "second")):
+        monkeypatch.setattr(environment, "last_commit", lambda path, commit=commit: f"{commit} of {path}")
+        assert start(out, protocol="plan.md", init_from="auto", max_iters=step) == 0
+    found = runs.config_of(out)
+    assert [this["protocol_commit"] for this in found["history"]] == ["first of plan.md", "second of plan.md"]
+    assert start(out, protocol="", init_from="resume", max_iters=3) == 0
+    assert "protocol_commit" not in runs.config_of(out)["history"][2]
 
 
 @pytest.mark.parametrize(("top_k", "norm_topk_prob"), [(1, True), (1, False), (2, True)])

@@ -17,6 +17,7 @@ from tests.helpers import models, runs
 from trainer.checkpointer import Checkpointer
 from trainer.data import TokenData
 from trainer.progress import Progress
+from trainer.resume import upgraded
 from trainer.settings import from_values
 from trainer.setup import build
 from trainer.streams import DROPOUT_AND_NOISE, PERMUTATION, stream_seed
@@ -396,3 +397,12 @@ def test_noise_has_a_stream_and_a_resumed_shuffled_run_keeps_its_permutation(is_
     torch.save(saved, out / "ckpt.pt")
     assert start(out, **settings, init_from="resume") == 0
     assert torch.equal(runs.checkpoint(out)["chrono"]["signals"]["follows"], expected)
+
+
+def test_a_run_of_an_older_version_gets_the_signals_state_of_a_new_run_but_its_permutation(half):
+    saved = runs.checkpoint(half)
+    del saved["chrono"]["signals"]
+    model, _, loop = build(from_values(saved["config"]), runs.VOCAB, torch.device("cpu"))
+    found = upgraded(saved, model)["chrono"]["signals"]
+    models.assert_same(found, loop.signals.state_dict() | {"follows": derangement(2, 4, 1337)})
+    assert found["key"] == stream_seed(1337, PERMUTATION) % 2**62

@@ -1,6 +1,9 @@
 """Signals and schedules of text in whole runs: exact resume, ranks, the measured worth, validation of every dataset."""
 
 import json
+import math
+import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,11 +12,14 @@ import torch
 import train
 from chronomoe.signals import SIGNALS
 from tests.helpers import child, runs
-from trainer.data import EVAL_SEED, TokenData
+from trainer import timer
+from trainer.data import EVAL_SEED, TokenData, fingerprint
 from trainer.interventions import masked
+from trainer.settings import from_values
 from trainer.setup import open_run
 from trainer.streams import HELD_OUT, stream_seed
 from trainer.weights import build_model
+from trainer.worth import WorthMeter
 
 DRIVEN = runs.FULL | dict(chrono_eta=0.1, chrono_k_max=2.0, chrono_spread=0.1, worth_interval=2, worth_batches=3)
 
@@ -83,6 +89,32 @@ def test_measuring_the_worth_does_not_change_training(start, tmp_path, capsys):
     assert "signal worth: 1 measurements took" in capsys.readouterr().out
 
 
+def test_the_worth_is_measured_before_each_interval_and_outside_of_the_step_times(start, out, monkeypatch):
+    """On a clock on which a micro-batch takes a second and a measurement 100."""
+    clock, measured, draw = [0.0], [], TokenData.batch
+
+    def slow_draw(data, split, *place):
+        clock[0] += split == "train"
+        return draw(data, split, *place)
+
+    def slow_measure(meter, step):
+        clock[0] += 100
+        measured.append(step)
+
+    monkeypatch.setattr(TokenData, "batch", slow_draw)
+    monkeypatch.setattr(WorthMeter, "measure", slow_measure)
+    monkeypatch.setattr(timer, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    assert start(out, **DRIVEN, chrono_signal="worth") == 0
+    assert measured == [0, 2, 4]
+    assert {line["time/step_ms"] for line in runs.metrics(out)[1:]} == {2000}
+
+
+@pytest.mark.parametrize(("coherence", "signal"), [(True, "worth"), (True, "reap"), (False, "worth")])
+def test_the_worth_is_measured_only_for_its_signal_and_with_coherence(coherence, signal):
+    s = from_values(dict(chrono_router=True, chrono_coherence=coherence, chrono_signal=signal, n_exp=4))
+    assert s.measures_worth == (coherence and signal == "worth")
+
+
 def test_the_worth_needs_an_expert_that_can_be_masked(start, out):
     message = runs.error_of(start, out, **runs.FULL, chrono_signal="worth", top_k=4)
     assert "top_k" in message and "n_exp=4" in message
@@ -112,6 +144,39 @@ def test_a_schedule_changes_the_training_text_at_its_steps_and_validates_all(sta
     assert last["val/loss"] == last[f"val/{dataset.name}/loss"] != last[f"val/{other.name}/loss"]
     assert set(runs.config_of(out)["data_sha256"]) == {"train.bin", "val.bin", "numbers/train.bin", "numbers/val.bin"}
     assert sum("val/numbers/loss" in line for line in runs.metrics(out)) == 3
+
+
+def test_a_run_says_when_each_text_begins_and_an_evaluation_gives_the_loss_in_each(start, schedule, out, capsys):
+    assert start(out, **DRIVEN, data_schedule=schedule, chrono_signal="reap", eval_interval=6) == 0
+    printed = capsys.readouterr().out
+    for name, steps in (("letters", "0, 5"), ("numbers", "2")):
+        assert f"data: {name}, 3,000 train and 3,000 val tokens, vocabulary 61; from step {steps}\n" in printed
+    assert f"beta follows {SIGNALS['reap'].what}\n" in printed
+    assert start(out, init_from="resume", eval_only=True, without=runs.TINY) == 0
+    printed, last = capsys.readouterr().out, runs.metrics(out)[-1]
+    for of, metric in (("", "val/loss"), (" of letters", "val/letters/loss"), (" of numbers", "val/numbers/loss")):
+        assert f"validation loss{of} at step 6: {last[metric]:.4f} nats per token" in printed
+
+
+def test_every_text_has_the_vocabulary_of_the_weights(full_run, out, tmp_path):
+    small = [runs.write_dataset(tmp_path / name, 8) for name in ("one", "two")]
+    settings = dict(dataset=small[0], data_schedule=f"{small[0]}@0 {small[1]}@3", init_from=full_run / "ckpt.pt")
+    with open_run(runs.arguments(runs.TINY | runs.FULL | settings | dict(out_dir=out))) as run:
+        assert [data.vocab_size for data in run.batches.texts.values()] == [runs.VOCAB] * 2
+
+
+def test_files_of_each_text_are_known_by_its_name_and_not_read_again(dataset, tmp_path, monkeypatch):
+    copy = runs.write_dataset(tmp_path / "copy", runs.VOCAB, seed=9)
+    for split in ("train", "val"):  # the same size and time do not make it the same file
+        stat = os.stat(dataset / f"{split}.bin")
+        os.utime(copy / f"{split}.bin", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    texts = {str(folder): TokenData(folder, 16) for folder in (dataset, copy)}
+    first = TokenData(dataset, 16).fingerprint()
+    found = fingerprint(texts, first)
+    assert found == first | {f"copy/{name}": file for name, file in TokenData(copy, 16).fingerprint().items()}
+    assert found["copy/train.bin"] != found["train.bin"]
+    monkeypatch.setattr(TokenData, "_check_tokens", lambda *_: pytest.fail("read again"))
+    assert fingerprint(texts, found) == found
 
 
 @pytest.mark.parametrize("broken", [1, 2, 3, 5])
@@ -151,6 +216,7 @@ WRONG = {
     "{one}@0 {two}@3 {one}@3": "its steps must rise",
     "{one}@0 nothing@3": "no folder",
     "{one}@0 {small}@3": "a vocabulary of 8",
+    "{one}@0 {words}@3": "has the tokenizer 'words'",
     "{one}@0 {twin}@3": "have one name in the logs, 'letters'",
 }
 
@@ -160,7 +226,9 @@ def test_a_wrong_schedule_is_one_line(text, start, dataset, other, out, tmp_path
     (tmp_path / "twin").mkdir()
     twin = runs.write_dataset(tmp_path / "twin" / "letters", runs.VOCAB)
     small = runs.write_dataset(tmp_path / "small", 8)
-    folders = dict(one=dataset, two=other, small=small, twin=twin)
+    words = runs.write_dataset(tmp_path / "words", runs.VOCAB)
+    (words / "meta.json").write_text(json.dumps({"vocab_size": runs.VOCAB, "tokenizer": "words"}))
+    folders = dict(one=dataset, two=other, small=small, twin=twin, words=words)
     assert WRONG[text].format(**folders) in runs.error_of(start, out, **runs.FULL, data_schedule=text.format(**folders))
     assert not out.exists()
 
@@ -181,4 +249,7 @@ def test_a_resume_with_another_signal_forgets_the_score_of_the_first(start, out)
     assert start(out, **DRIVEN, chrono_signal="worth", init_from="resume") == 0
     signals = runs.checkpoint(out)["chrono"]["signals"]
     assert signals["score_count"].max() == 2 and signals["step"] == 2
-    assert signals["score_ema"].abs().max() < 0.001 < 0.1 < 1  # the mean of g |y| is larger than a worth
+    # the worth was measured once, before both steps
+    count = signals["score_count"]
+    score = signals["score_ema"] / -torch.expm1(count.clamp_min(1) * math.log(0.999))
+    torch.testing.assert_close(score, signals["worth"].where(count > 0, 0.0), rtol=1e-3, atol=1e-7)

@@ -36,3 +36,13 @@ def test_a_failure_is_reported_once_and_training_continues(fault, start, out, mo
     assert start(out, tensorboard=True) == 0 and runs.steps(out)[-1] == runs.STEPS
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "TensorBoard" in line)
     assert line.endswith("continuing without it") and (fault == "blocked" or "pip install tensorboard" in line)
+
+
+def test_the_validation_loss_of_each_text_has_a_chart(start, dataset, out, tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    other = runs.write_dataset(tmp_path / "numbers", runs.VOCAB, seed=9)
+    assert start(out, tensorboard=True, data_schedule=f"{dataset}@0 {other}@3", max_iters=3) == 0
+    found = reader.EventAccumulator(str(out / "tensorboard")).Reload()
+    for name in ("val/loss", "val/letters/loss", "val/numbers/loss"):
+        losses = [line[name] for line in runs.metrics(out) if name in line]
+        assert [e.value for e in found.Scalars(name)] == pytest.approx(losses) and len(losses) == 2

@@ -200,6 +200,16 @@ def test_it_gets_the_lines_after_the_checkpoint_and_config_json(half, resume, wa
     assert config["history"][1]["changed"]["learning_rate"] == [1e-2, 5e-3]
 
 
+def test_the_validation_loss_of_each_text_is_logged_and_has_a_chart(start, dataset, out, fake_run, tmp_path):
+    other = runs.write_dataset(tmp_path / "numbers", runs.VOCAB, seed=9)
+    assert start(out, wandb_log=True, data_schedule=f"{dataset}@0 {other}@3", max_iters=3) == 0
+    logged = [call.args[0] for call in fake_run.log.call_args_list]
+    defined = {call.args[0]: call.kwargs for call in fake_run.define_metric.call_args_list}
+    for name in ("val/letters/loss", "val/numbers/loss"):
+        assert [line[name] for line in logged if name in line] == [v[name] for v in runs.metrics(out) if name in v]
+        assert defined[name] == {"step_metric": "step"}
+
+
 def test_skipped_steps_give_one_alert_per_logged_step(start, out, fake_run):
     start(out, wandb_log=True, learning_rate=1e30, min_lr=1e30, grad_clip=0, log_interval=2)
     texts = [call.args[1] for call in fake_run.alert.call_args_list if call.args[0] == "Skipped steps"]
