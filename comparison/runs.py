@@ -385,9 +385,8 @@ def confounders(arms: Arms, a: str, b: str) -> list[str]:
     defining = ARMS.get(a, {}).keys() | ARMS.get(b, {}).keys()
     found = [key for key in differing(one, other) if key not in defining and key not in ("margin", "protocol")]
     # the outcome reads the ramp, which has no effect itself where beta is off
-    found += ["chrono_ramp"] * (
-        value_of(one, "chrono_ramp") != value_of(other, "chrono_ramp") and "chrono_ramp" not in found
-    )
+    has_other_ramp = value_of(one, "chrono_ramp") != value_of(other, "chrono_ramp")
+    found += ["chrono_ramp"] * (has_other_ramp and "chrono_ramp" not in found)
     return [f"{key} ({_short(value_of(one, key))} against {_short(value_of(other, key))})" for key in found]
 
 
