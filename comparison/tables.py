@@ -232,7 +232,8 @@ def protocol_warnings(arms: Arms) -> list[str]:
 def protocol_of(runs: list[Run]) -> str:
     """The protocol that the runs declare, and its commit when each run began."""
     files = sorted({str(run.config["protocol"]) for run in runs if run.config.get("protocol")})
-    commits = sorted({str(run.history[0].get("protocol_commit") or "not committed") for run in runs})
+    declared = [run for run in runs if run.config.get("protocol")]
+    commits = sorted({str(run.history[0].get("protocol_commit") or "not committed") for run in declared})
     return f"{', '.join(files)}, at the start of the runs: {', '.join(commits)}" if files else ""
 
 
