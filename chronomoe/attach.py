@@ -1,0 +1,350 @@
+"""Close the loop around a Hugging Face mixture-of-experts model, without changing its code.
+
+    handle = chronomoe.attach(model, ChronoConfig(...))
+    ...
+    optimizer.step(); handle.step()          # after each optimizer step
+
+Hooks on each router add beta to the logits where the choice is made, and keep the router's own rule (families.py). The
+router still returns its clean logits, so the model's auxiliary loss balances clean routing. In training, a hook gives
+each slot (a token and one of its choices) to the experts as a token of its own, so that the experts module, whichever
+implementation it uses, returns y_e per slot; a second hook adds them with their weights. Evaluation and generation run
+the experts module as it is.
+
+The loop's state is the submodule `chrono` of the model: `save_pretrained`, `state_dict` and the checkpoints of Trainer
+hold it, and `model.to(bfloat16)` leaves it in float32. Gradient checkpointing runs layers again in the backward; a step
+is counted once, because only the forward of the whole model records.
+
+Shapes: L MoE layers, E experts, N tokens, K top_k, S = N * K slots, D model width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from chronomoe.config import ChronoConfig
+from chronomoe.families import FAMILIES, Family
+from chronomoe.lifecycle import PruneDecision
+from chronomoe.loop import ChronoLoop
+from chronomoe.router import FirstOrder, RouterBias, RouterState, Routing, applied_relevance
+from chronomoe.statistics import collect_trace
+from chronomoe.trace import MoETrace
+
+NAME = "chrono"  # of the submodule and of the entry in the model's config
+
+
+class _State(nn.Module):
+    """The loop's state, as a part of the model."""
+
+    def __init__(self, loop: ChronoLoop):
+        super().__init__()
+        self.router_state = loop.router_state
+        self.coherence = loop.coherence
+        self.lifecycle = loop.lifecycle
+        self.signals = loop.signals
+
+
+@dataclasses.dataclass
+class _Layer:
+    """One MoE layer, and what its router and experts did in the last forward."""
+
+    router: nn.Module
+    experts: nn.Module
+    family: Family
+    masked: Tensor | None = None  # [E] bool, experts that no token may choose
+    routing: Routing | None = None
+    flips: Tensor | None = None  # [2] share of the set, and of the first choices, that differ from the native ones
+    slots: tuple[Tensor, Tensor] | None = None  # experts and weights [N, K], while the experts run
+    outputs: Tensor | None = None  # [2, E, D]
+    gated_norm: Tensor | None = None  # [E]
+
+
+class Handle:
+    """The loop around a model. Made by `attach`.
+
+    Attributes:
+        loop: the ChronoLoop.
+        config: its settings.
+    """
+
+    def __init__(self, model: nn.Module, config: ChronoConfig, families: Sequence[Family], seed: int):
+        self.model, self.config = model, config
+        found = _find_layers(model, families)
+        self.layers = [layer for _, layer in found]
+        device = next(self.layers[0].router.parameters()).device
+        sizes = {int(layer.router.num_experts) for layer in self.layers}  # type: ignore[arg-type]
+        if len(sizes) > 1:
+            raise ValueError(f"the MoE layers have different numbers of experts: {sorted(sizes)}")
+        state = RouterState(len(found), sizes.pop(), config).to(device)
+        self.loop = ChronoLoop(state, [block for block, _ in found], seed)
+        self._biases: list[RouterBias | None] = state.layer_biases()
+        self._trace: MoETrace | None = None
+        self._records = False
+        self._hooks = [
+            model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            model.register_forward_hook(self._end),
+        ]
+        for index, layer in enumerate(self.layers):
+            self._hooks += [
+                layer.router.register_forward_hook(self._routed(index)),
+                layer.experts.register_forward_pre_hook(self._expand(index)),
+                layer.experts.register_forward_hook(self._mix(index)),
+            ]
+        model.add_module(NAME, _State(self.loop))
+        if hasattr(model, "config"):
+            setattr(model.config, NAME, dataclasses.asdict(config))
+
+    def step(self, found_inf: Tensor | None = None) -> None:
+        """Update the loop from the training forwards since the last call. Call it after optimizer.step(), on all ranks.
+
+        found_inf: [] tensor, nonzero if the optimizer step was skipped. Raises RuntimeError if there was no forward in
+        train mode.
+        """
+        if self._trace is None:
+            raise RuntimeError(
+                "handle.step() without a forward of the model in train mode since the last step; blocks that "
+                "`use_kernels` has replaced do not call the router"
+            )
+        trace, self._trace = self._trace, None
+        self.loop.step(trace, found_inf)
+
+    def read(self) -> dict[str, float | None]:
+        """The last step's metrics by name. Synchronizes with the device."""
+        return self.loop.read()
+
+    def report(self) -> list[PruneDecision]:
+        """Prune candidates that opened or were withdrawn since the last report. Synchronizes with the device."""
+        return self.loop.report()
+
+    def detach(self) -> None:
+        """Remove the hooks and the state from the model."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        if NAME in self.model._modules:
+            del self.model._modules[NAME]
+        if hasattr(self.model, "config") and hasattr(self.model.config, NAME):
+            delattr(self.model.config, NAME)
+
+    @contextmanager
+    def masked(self, masks: Mapping[int, Sequence[int]]) -> Iterator[None]:
+        """Let no token choose some experts, by transformer block, while the block is open.
+
+        Raises ValueError for a block without experts, or if fewer than K experts are left.
+        """
+        by_block = dict(zip(self.loop.layer_ids, self.layers))
+        for block, experts in masks.items():
+            if block not in by_block:
+                raise ValueError(f"block {block} has no experts; blocks {sorted(by_block)} have")
+            router: Any = by_block[block].router
+            if router.num_experts - len(set(experts)) < router.top_k:
+                raise ValueError(f"block {block}: {len(set(experts))} masked experts leave fewer than {router.top_k}")
+        try:
+            for block, experts in masks.items():
+                layer = by_block[block]
+                device = self.loop.router_state.beta_coeff.device
+                layer.masked = torch.zeros(layer.router.num_experts, dtype=torch.bool, device=device)  # type: ignore
+                layer.masked[list(experts)] = True
+            yield
+        finally:
+            for block in masks:
+                by_block[block].masked = None
+
+    # hooks, in the order in which a forward calls them
+
+    def _begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        self._biases = self.loop.router_state.layer_biases()
+        self._records = model.training
+
+    def _routed(self, index: int) -> Callable[..., Any]:
+        layer = self.layers[index]
+
+        def hook(router: nn.Module, args: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+            logits, _, native = output
+            bias = self._biases[index]
+            if bias is None and layer.masked is None and not self._records:
+                return output
+            z_clean = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            biased, relevance = z_clean, None
+            if bias is not None:
+                relevance = applied_relevance(z_clean.detach(), bias, self.config)
+                biased = z_clean + relevance * bias.beta_eff
+            choice = biased
+            if layer.masked is not None:
+                choice = biased.masked_fill(layer.masked, -torch.inf)
+            weights, experts = layer.family.rule(router, choice, z_clean if self.config.gates == "clean" else choice)
+            if bias is not None and bias.probe is not None and self.model.training and torch.is_grad_enabled():
+                weights = FirstOrder.apply(weights, experts, bias.probe)
+            if self._records:
+                self._record(layer, z_clean.detach(), biased.detach(), weights.detach(), experts, native, relevance)
+            return logits, weights, experts
+
+        return hook
+
+    @torch.no_grad()
+    def _record(
+        self,
+        layer: _Layer,
+        z_clean: Tensor,
+        biased: Tensor,
+        weights: Tensor,
+        experts: Tensor,
+        native: Tensor,
+        relevance: Tensor | None,
+    ) -> None:
+        bias = self._biases[self.layers.index(layer)]
+        counts = torch.zeros_like(z_clean).scatter(-1, experts, 1.0).sum(0)
+        zero = z_clean.new_zeros(())
+        layer.routing = Routing(experts, weights, z_clean, None, biased, counts, zero, zero, bias, relevance)
+        is_native = (experts.unsqueeze(-1) == native.unsqueeze(-2)).any(-1)  # [N, K]
+        first = experts.gather(-1, weights.argmax(-1, keepdim=True)).squeeze(-1)
+        native_first = native.gather(-1, z_clean.gather(-1, native).argmax(-1, keepdim=True)).squeeze(-1)
+        layer.flips = torch.stack([(~is_native).float().mean(-1).sum(), (first != native_first).float().sum()])
+
+    def _expand(self, index: int) -> Callable[..., Any]:
+        layer = self.layers[index]
+
+        def hook(module: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor] | None:
+            if not (self.model.training and self.config.coherence):
+                return None
+            hidden, experts, weights = args
+            layer.slots = experts, weights
+            ones = torch.ones_like(weights).reshape(-1, 1)
+            return hidden.repeat_interleave(experts.shape[-1], dim=0), experts.reshape(-1, 1), ones
+
+        return hook
+
+    def _mix(self, index: int) -> Callable[..., Any]:
+        layer = self.layers[index]
+
+        def hook(module: nn.Module, args: Any, y: Tensor) -> Tensor | None:
+            if layer.slots is None:
+                return None
+            (experts, weights), layer.slots = layer.slots, None
+            if self._records:
+                self._sum(layer, y.detach(), experts.flatten(), weights.detach().flatten())
+            mixture = (y * weights.reshape(-1, 1)).view(*experts.shape, y.shape[-1]).sum(dim=1)
+            return mixture.to(y.dtype)
+
+        return hook
+
+    @torch.no_grad()
+    def _sum(self, layer: _Layer, y: Tensor, experts: Tensor, weights: Tensor) -> None:
+        """The sums over the slots of each expert: y and g y [2, E, D], and |g y| [E] if the signal needs it."""
+        with torch.autocast(y.device.type, enabled=False):
+            y = y.to(torch.promote_types(y.dtype, torch.float32))
+            is_of = experts.unsqueeze(-1) == torch.arange(self.loop.router_state.beta_coeff.shape[1], device=y.device)
+            one_hot = is_of.to(y.dtype)  # [S, E]; index_add would use atomics
+            weights = weights.to(y.dtype)
+            layer.outputs = torch.stack([one_hot.t() @ y, (one_hot * weights.unsqueeze(-1)).t() @ y])
+            if self.config.measures("gated_norm"):
+                layer.gated_norm = (weights * y.norm(dim=-1)) @ one_hot
+
+    def _end(self, model: nn.Module, args: Any, output: Any) -> None:
+        if not self._records:
+            return
+        self._records = False
+        routings = [layer.routing for layer in self.layers]
+        if any(routing is None for routing in routings):
+            return  # the blocks were replaced: `step` reports it
+        trace = self._collect([routing for routing in routings if routing is not None], getattr(output, "loss", None))
+        self._trace = trace if self._trace is None else self._trace + trace
+        for layer in self.layers:
+            layer.routing = layer.outputs = layer.flips = layer.gated_norm = None
+
+    @torch.no_grad()
+    def _collect(self, routings: list[Routing], loss: Tensor | None) -> MoETrace:
+        trace = collect_trace(
+            routings,
+            self.config,
+            cross_entropy=None if loss is None else loss.detach().float(),
+            outputs=[layer.outputs for layer in self.layers if layer.outputs is not None],
+            gated_norms=[layer.gated_norm for layer in self.layers if layer.gated_norm is not None],
+        )
+        if self.config.router:
+            # by the model's own rule, which need not be the order of the logits
+            flips = torch.stack([layer.flips for layer in self.layers if layer.flips is not None], dim=1)
+            trace.flip_set, trace.flip = flips.unbind(0)
+        return trace
+
+
+def attach(
+    model: nn.Module,
+    config: ChronoConfig | None = None,
+    *,
+    families: Sequence[Family] = (),
+    seed: int = 0,
+) -> Handle:
+    """Close the loop around a Hugging Face mixture-of-experts model.
+
+    Args:
+        model: of one of FAMILIES; its MoE layers must be on one device.
+        config: settings of the loop. None: those that `save_pretrained` stored with the model, and its state.
+        families: descriptions of other routers; they win over FAMILIES.
+        seed: of the random numbers of the signals.
+
+    Raises ValueError for a model without known routers, one that is attached already, or if config is None and the
+    model's folder holds no state.
+    """
+    if NAME in model._modules:
+        raise ValueError("the model is attached already: call detach() on its handle first")
+    if config is not None:
+        return Handle(model, config, [*families, *FAMILIES], seed)
+    stored = getattr(getattr(model, "config", None), NAME, None)
+    if not isinstance(stored, dict):
+        raise ValueError("attach(model) without a config needs a model that was saved while it was attached")
+    handle = Handle(model, ChronoConfig(**stored), [*families, *FAMILIES], seed)
+    try:
+        model.get_submodule(NAME).load_state_dict(_saved_state(Path(str(getattr(model, "name_or_path", "")))))
+    except (OSError, ValueError, RuntimeError) as e:
+        handle.detach()
+        raise ValueError(f"the loop's state cannot be read: {' '.join(str(e).split())}") from None
+    return handle
+
+
+def _saved_state(folder: Path) -> dict[str, Tensor]:
+    """The loop's state in the safetensors files of a folder that save_pretrained wrote."""
+    from safetensors import safe_open
+
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as f:
+            for name in f.keys():
+                if name.startswith(f"{NAME}."):
+                    found[name.removeprefix(f"{NAME}.")] = f.get_tensor(name)
+    if not found:
+        raise ValueError(f"no file *.safetensors in {folder} holds it")
+    return found
+
+
+def _find_layers(model: nn.Module, families: Sequence[Family]) -> list[tuple[int, _Layer]]:
+    """(transformer block, layer) of each router, in the order of the model."""
+    by_name: dict[str, Family] = {}
+    for family in families:
+        by_name.setdefault(family.router, family)
+    found = []
+    for name, module in model.named_modules():
+        family_of = by_name.get(type(module).__name__)
+        if family_of is None:
+            continue
+        parent = model.get_submodule(name.rpartition(".")[0])
+        experts = getattr(parent, family_of.experts, None)
+        if not isinstance(experts, nn.Module):
+            raise ValueError(
+                f"{name}: its parent has no module {family_of.experts!r}; describe it with Family(experts=)"
+            )
+        number = re.search(r"\.(\d+)\.", f".{name}.")
+        found.append((int(number[1]) if number else len(found), _Layer(module, experts, family_of)))
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no known router; known are {', '.join(sorted(by_name))}. Describe another one "
+            "with families=[Family(router class, rule)], see chronomoe/families.py"
+        )
+    return found
