@@ -25,7 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,14 @@ class _Layer:
     gated_norm: Tensor | None = None  # [E]
 
 
+class Slots(NamedTuple):
+    """What one MoE layer computed in a forward."""
+
+    experts: Tensor  # [N, K] int64
+    weights: Tensor  # [N, K], with a gradient if gradients are enabled
+    y: Tensor  # [N, K, D] output of each choice
+
+
 class Handle:
     """The loop around a model. Made by `attach`.
 
@@ -86,6 +94,7 @@ class Handle:
         self._biases: list[RouterBias | None] = []
         self._trace: MoETrace | None = None
         self._records = False
+        self._observed: dict[int, Slots] | None = None
         self._hooks = [model.register_forward_pre_hook(self._begin), model.register_forward_hook(self._end)]
         # bound methods, so that a deep copy of the model has a handle of its own
         for index, layer in enumerate(self.layers):
@@ -156,6 +165,18 @@ class Handle:
             for block in masked:
                 by_block[block].masked = None
 
+    @contextmanager
+    def observed(self) -> Iterator[dict[int, Slots]]:
+        """What the layers compute in the forwards of the block, in evaluation too, by transformer block.
+
+        The state does not change. Each forward replaces the entries of the last one.
+        """
+        self._observed = {}
+        try:
+            yield self._observed
+        finally:
+            self._observed = None
+
     # hooks, in the order in which a forward calls them
 
     def _begin(self, model: nn.Module, args: Any) -> None:
@@ -197,9 +218,11 @@ class Handle:
     def _expand(self, index: int, module: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> Any:
         layer = self.layers[index]
         layer.slots = None  # checkpointing can leave the experts by an exception
-        if not (self.config.coherence and self._is_training()):
+        if self._observed is None and not (self.config.coherence and self._is_training()):
             return None
         hidden, experts, weights = args
+        if self._observed is not None and torch.is_grad_enabled() and not weights.requires_grad:
+            weights = weights.detach().requires_grad_()  # of a frozen router
         layer.slots = experts, weights
         ones = torch.ones_like(weights).reshape(-1, 1)
         return hidden.repeat_interleave(experts.shape[-1], dim=0), experts.reshape(-1, 1), ones
@@ -209,7 +232,10 @@ class Handle:
         if layer.slots is None:
             return None
         (experts, weights), layer.slots = layer.slots, None
-        if self._records:
+        if self._observed is not None:
+            block = self.loop.layer_ids[index]
+            self._observed[block] = Slots(experts, weights, y.detach().view(*experts.shape, -1))
+        if self._records and self.config.coherence:
             self._sum(layer, y.detach(), experts.flatten(), weights.detach().flatten())
         mixture = (y * weights.reshape(-1, 1)).view(*experts.shape, y.shape[-1]).sum(dim=1)
         return mixture.to(y.dtype)
