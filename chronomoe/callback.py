@@ -31,7 +31,7 @@ except ImportError:
 PREFIX = "chrono/"
 
 
-class ChronoCallback(TrainerCallback):  # type: ignore[misc]
+class ChronoCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     """Attaches the loop to trainer.model and closes it after each optimizer step.
 
     Args:

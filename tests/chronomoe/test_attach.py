@@ -674,11 +674,9 @@ def train_with_fake_tensors(plant=None, **changes):
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(),
         dict(bridge_scope="token", gates="clean"),
-        dict(signal="first_order"),
+        dict(signal="first_order", ramp="0@0 1@5"),
         dict(signal="reap", reference="leave_one_out"),
-        dict(signal="walk", ramp="0@0 1@5"),
     ],
 )
 def test_a_step_does_not_synchronize(changes):
