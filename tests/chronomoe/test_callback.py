@@ -29,24 +29,29 @@ class Texts(torch.utils.data.Dataset):
         return {"input_ids": ids, "labels": ids}
 
 
-def trainer_of(folder, config=CONFIG, steps=6, **changes):
+def trainer_of(folder, config=CONFIG, steps=6, model=None, **changes):
     options = dict(
         max_steps=steps, save_steps=3, logging_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=2,
         report_to="none", use_cpu=True, disable_tqdm=True, learning_rate=1e-2, seed=5,
     )  # fmt: skip
     arguments = transformers.TrainingArguments(str(folder), **options | changes)
-    trainer = transformers.Trainer(build("olmoe"), arguments, train_dataset=Texts(), eval_dataset=Texts())
+    trainer = transformers.Trainer(model or build("olmoe"), arguments, train_dataset=Texts(), eval_dataset=Texts())
     callback = ChronoCallback(trainer, config)
     trainer.add_callback(callback)
     return trainer, callback
 
 
-def test_resume_from_a_checkpoint_is_exact(tmp_path):
-    whole, callback = trainer_of(tmp_path / "a")
+@pytest.mark.parametrize("family", ["gpt_oss", "olmoe"])
+def test_resume_from_a_checkpoint_is_exact(tmp_path, family):
+    whole, callback = trainer_of(tmp_path / "a", model=build(family))
     whole.train()
     assert callback.handle.loop.coherence.step == 6
-    resumed, again = trainer_of(tmp_path / "b")
-    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
+    checkpoint = tmp_path / "a" / "checkpoint-3"
+    fresh = build(family, seed=9)
+    if family == "olmoe":  # Trainer does not read back its experts: issue 48805 of transformers
+        fresh = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
+    resumed, again = trainer_of(tmp_path / "b", model=fresh)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
     assert again.handle.loop.last is not None
     state = resumed.model.state_dict()
     assert sum(name.startswith("chrono.") for name in state) > 15
