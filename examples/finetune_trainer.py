@@ -42,12 +42,15 @@ def hub_model(name: str):
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        return AutoModelForCausalLM.from_pretrained(name), lambda text: tokenizer(text)["input_ids"]
+        model = AutoModelForCausalLM.from_pretrained(name)
     except (OSError, ValueError) as e:
         raise UserError(
             f"{name} cannot be loaded: {first_line(e)}; give the name of a model on huggingface.co and a network, or a "
             "folder that save_pretrained wrote, or leave out --model"
         ) from None
+    if not tokenizer("some text")["input_ids"]:  # transformers makes an empty one if there are no files
+        raise UserError(f"{name} has no tokenizer: save one to the folder with save_pretrained")
+    return model, lambda text: tokenizer(text)["input_ids"]
 
 
 def main(arguments: list[str]) -> None:

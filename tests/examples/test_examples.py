@@ -34,15 +34,16 @@ def test_missing_or_short_data_is_one_line(tmp_path):
         olmoe_from_scratch.main([f"--data={tmp_path}", *TINY])
 
 
-def test_a_model_is_tuned_with_trainer_saved_and_tuned_again(tmp_path, capsys, monkeypatch):
+def test_a_model_is_tuned_with_trainer_and_saved(tmp_path, capsys):
     pytest.importorskip("accelerate")
     options = ["--steps=5", "--batch=2", "--length=16", f"--out={tmp_path / 'out'}"]
     finetune_trainer.main(options)
     out = capsys.readouterr().out
     assert "chrono/coherence/layer" in out and "saved to" in out and (tmp_path / "out" / "model.safetensors").exists()
-    # a folder whose tokenizer is missing
-    with pytest.raises(UserError, match=r"out cannot be loaded: .*; give the name of a model") as e:
+    with pytest.raises(UserError, match="out has no tokenizer: save one"):
         finetune_trainer.main([*options, f"--model={tmp_path / 'out'}"])
+    with pytest.raises(UserError, match=r"none cannot be loaded: .*; give the name of a model") as e:
+        finetune_trainer.main([*options, f"--model={tmp_path / 'none'}"])
     assert "\n" not in str(e.value)
     with pytest.raises(UserError, match="has 3 tokens, fewer than --length=16"):
         (tmp_path / "text").write_text("abc")
