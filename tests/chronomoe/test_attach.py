@@ -658,7 +658,7 @@ def test_a_mask_that_cannot_be_is_refused():
 def train_with_fake_tensors(plant=None, **changes):
     """Two steps of two micro-batches. Reading the value of a fake tensor raises."""
     with FakeTensorMode():
-        # batched_mm: grouped_mm reads addresses, which fake tensors do not have
+        # all operators of batched_mm run with fake tensors
         model = build("olmoe", "batched_mm")
         handle = attach(model, on(**{"bridge": True, "lifecycle": True} | changes))
         if plant:
