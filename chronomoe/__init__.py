@@ -6,6 +6,7 @@ MoETrace (trace.py), loop.py updates all state from it, metrics.py names what is
 step, fuse.py compiles small operators. This package imports torch only: no trainer, no model.
 """
 
+from chronomoe.attach import attach
 from chronomoe.beta import update_beta
 from chronomoe.bridge import compute_flip_rate, compute_js_divergence, compute_relevance
 from chronomoe.coherence import CoherenceBuffer, CoherenceState
@@ -31,6 +32,7 @@ __all__ = [
     "RouterBias",
     "RouterState",
     "Routing",
+    "attach",
     "collect_trace",
     "compute_flip_rate",
     "compute_js_divergence",

@@ -91,7 +91,7 @@ class RouterState(StateModule):
             self.relevance.copy_(compute_relevance(self.disagreement, config.disagreement_threshold))
 
 
-class _FirstOrder(torch.autograd.Function):
+class FirstOrder(torch.autograd.Function):
     """Returns the gates [N, K]. The backward gives the probe [E] the gradient sum over tokens of |g dL/dg|.
 
     As a gradient, the sum needs no hook, and adds over micro-batches by itself.
@@ -192,7 +192,7 @@ class ChronoRouter(nn.Module):
         z_biased, relevance = z_clean, None
         if bias is not None:
             # the bias is state: it has no gradient, and is added in at least float32
-            relevance = self._relevance(z_clean, bias)
+            relevance = applied_relevance(z_clean, bias, self.config)
             z_biased = z_clean + relevance * bias.beta_eff
 
         top_logits, experts = z_biased.topk(self.top_k, dim=-1)
@@ -203,7 +203,7 @@ class ChronoRouter(nn.Module):
 
         gates_of_mixture = gates
         if bias is not None and bias.probe is not None and torch.is_grad_enabled():
-            gates_of_mixture = _FirstOrder.apply(gates, experts, bias.probe)
+            gates_of_mixture = FirstOrder.apply(gates, experts, bias.probe)
 
         # Switch Transformer, https://arxiv.org/abs/2101.03961 eq. 4 to 6, on the applied gates and choices.
         gate_of_expert = torch.zeros_like(z_clean).scatter(-1, experts, gates)
@@ -222,13 +222,13 @@ class ChronoRouter(nn.Module):
             return top_logits.softmax(-1)
         return (top_logits - logits.logsumexp(-1, keepdim=True)).exp()
 
-    @torch.no_grad()
-    def _relevance(self, z_clean: Tensor, bias: RouterBias) -> Tensor:
-        """Strength r of the bias: [], or [N, 1] with bridge_scope='token'."""
-        config = self.config
-        if not (config.bridge and config.bridge_scope == "token"):
-            return bias.relevance.to(z_clean.dtype)
-        z = z_clean.t().contiguous()  # [E, N], see statistics.py
-        p, q = z.softmax(0), (z + bias.beta_eff.unsqueeze(-1)).softmax(0)
-        disagreement = disagreement_per_token(p, q, config.bridge_signal, dim=0)
-        return compute_relevance(disagreement, config.disagreement_threshold).unsqueeze(-1)
+
+@torch.no_grad()
+def applied_relevance(z_clean: Tensor, bias: RouterBias, config: ChronoConfig) -> Tensor:
+    """Strength r of the bias on clean logits [N, E]: [], or [N, 1] with bridge_scope='token'."""
+    if not (config.bridge and config.bridge_scope == "token"):
+        return bias.relevance.to(z_clean.dtype)
+    z = z_clean.t().contiguous()  # [E, N], see statistics.py
+    p, q = z.softmax(0), (z + bias.beta_eff.unsqueeze(-1)).softmax(0)
+    disagreement = disagreement_per_token(p, q, config.bridge_signal, dim=0)
+    return compute_relevance(disagreement, config.disagreement_threshold).unsqueeze(-1)
