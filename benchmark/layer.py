@@ -120,7 +120,7 @@ def competitors(N: int, D: int, E: int, K: int, device: torch.device) -> tuple[d
             return chrono(bias)
 
     def chrono(bias: RouterBias, logged: bool = False) -> Tensor:
-        y, (routing, _, outputs) = moe(x, bias, True)
+        y, (routing, _, outputs, _) = moe(x, bias, True)
         collect_trace([routing], ALL_ON, N, *zeros, outputs=[outputs], logged=logged)
         return y
 

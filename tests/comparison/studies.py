@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 
@@ -21,10 +22,12 @@ def make_run(seed, shift=0.0, arm="off", metrics=None, **changes):
     """A run whose loss falls to 2 plus an offset of the seed; shift is added in the last quarter. Not `checked`."""
     offset = shift + np.random.default_rng(seed).normal(0, 0.05)
     metrics = metrics or {"routing/L0/load_cv": 0.5, "routing/L0/neff": 7.0, "coherence/L0/layer": 0.6 + shift}
-    lines = [
-        {"step": step, "val/loss": 2 + math.exp(-step / 20) + offset * min(step / 75, 1)} | (metrics if step else {})
-        for step in range(0, 101, 10)
-    ]
+    texts = [Path(entry.partition("@")[0]).name for entry in str(changes.get("data_schedule") or "").split()]
+    lines = []
+    for step in range(0, 101, 10):
+        loss = 2 + math.exp(-step / 20) + offset * min(step / 75, 1)
+        losses = {"val/loss": loss} | {f"val/{text}/loss": loss for text in texts}
+        lines.append({"step": step} | losses | (metrics if step else {}))
     return Run(f"{arm}{seed}", BASE | {"seed": seed, "arm": arm} | ARMS.get(arm, {}) | changes, lines, [])
 
 

@@ -242,9 +242,9 @@ def fabricated(interactions, margin=0.02, left_out=(), **schedules):
 
 NOISE = [0.001, -0.002, 0.0015, -0.001, 0.002, -0.0005]
 VERDICTS = {  # name: (swap, verdict, conclusion, words)
-    "helps": (dict(interactions=[-0.05 + n for n in NOISE]), "effect", "With a beta the loss is lower on the text that",
+    "helps": (dict(interactions=[-0.05 + n for n in NOISE]), "effect", "The loss is lower with the beta that",
               "An effect (exact p = 0.0312): a beta is better on its own last text."),
-    "harms": (dict(interactions=[0.05 + n for n in NOISE]), "effect", "With a beta the loss is higher on the text that",
+    "harms": (dict(interactions=[0.05 + n for n in NOISE]), "effect", "The loss is higher with the beta that",
               "a beta is worse on its own last text."),
     "helps within the margin": (dict(interactions=[-0.005 + n for n in NOISE]), "effect", "by less than the margin of",
                                 "An effect"),
@@ -357,12 +357,12 @@ def test_files_of_a_dataset_are_those_that_every_run_on_it_was_trained_on(tmp_pa
         folder = write_dataset(tmp_path / name, 64, seed=len(name))
         digests[str(folder)] = json.loads((folder / "meta.json").read_text())["sha256"]
     code, prose = digests
-    both = digests[code] | {f"{prose}/{file}": sha256 for file, sha256 in digests[prose].items()}
+    both = digests[code] | {f"prose/{file}": sha256 for file, sha256 in digests[prose].items()}
     run = make_run(1, dataset=code, data_sha256=both)
     alone = make_run(2, dataset=prose, data_sha256=digests[prose])
     assert open_data([run, alone], prose, model).folder == tmp_path / "prose"
     assert open_data([run], code, model).vocab_size == 64
-    for wrong in ({}, digests[code], {f"{prose}/train.bin": "x"}, {f"{prose}/val.bin": "x"}):
+    for wrong in ({}, digests[code], {"prose/train.bin": "x"}, {"prose/val.bin": "x"}):
         config = alone.config | {"dataset": code, "data_sha256": (both if len(wrong) == 1 else {}) | wrong}
         refusal = error_of(open_data, [run, dataclasses.replace(alone, config=config)], prose, model)
         assert f"the files of {prose} are not those that off2 was" in refusal

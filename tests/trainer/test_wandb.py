@@ -16,7 +16,7 @@ import pytest
 from comparison import sweep, wandb_runs
 from tests.helpers import child, runs
 from trainer import errors, sinks
-from trainer.arms import ARMS
+from trainer.arms import ARMS, DEFAULT_ARMS
 from trainer.runlog import wandb_identity
 from trainer.settings import from_arguments
 
@@ -240,6 +240,7 @@ def test_a_study_has_one_group_and_a_sweep_trains_every_arm_in_folders_of_their_
     from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
     study = [str(runs.ROOT / "config" / "study.py"), f"--dataset={dataset}", "--wandb_log=True", "--chrono_eta=0.01"]
+    study.append("--chrono_spread=0.1")
     jobs = sweep.plan(study, tmp_path, list(ARMS), 1)
     assert len({identity(*job.arguments)["group"] for job in jobs}) == 1
     config = yaml.safe_load((runs.ROOT / "config" / "sweep.yaml").read_text())
@@ -251,7 +252,7 @@ def test_a_study_has_one_group_and_a_sweep_trains_every_arm_in_folders_of_their_
         monkeypatch.setenv("WANDB_RUN_ID", f"id-{arm}")
         found = from_arguments(line)
         assert (found.arm, found.seed, found.out_dir, found.wandb_log) == (arm, 3, f"out/sweep/id-{arm}", True)
-    assert {*parameters["arm"]["values"]} == ARMS.keys()
+    assert parameters["arm"]["values"] == [*DEFAULT_ARMS]
     monkeypatch.delenv("WANDB_RUN_ID")
     assert "WANDB_RUN_ID, which is not set" in runs.error_of(from_arguments, line)
 
