@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from auditing.agreement import rank_correlation
-from auditing.criteria import Observed, scores
-from auditing.measure import standard_error
+from auditing.criteria import Observed, scores, weight_statistics
+from auditing.measure import over_batches, standard_error
 from chronomoe.attach import Handle, Slots
-from chronomoe.coherence import CLOCKS, coherence
+from chronomoe.coherence import CLOCKS
+from trainer.interventions import SUMS, LayerSums, expert_sums
 
 
 @dataclass(frozen=True)
@@ -112,49 +113,27 @@ def _sums(handle: Handle, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         gradients = torch.autograd.grad(loss, [layer.weights for layer in layers])
     num_experts = handle.loop.router_state.beta_coeff.shape[1]
     by_layer = [_layer_sums(layer, grad, num_experts) for layer, grad in zip(layers, gradients)]
-    return {name: torch.stack([sums[name] for sums in by_layer]) for name in by_layer[0]}
+    return {name: torch.stack([getattr(sums, name) for sums in by_layer]) for name in SUMS}
 
 
-@torch.no_grad()
-def _layer_sums(layer: Slots, grad: Tensor, num_experts: int) -> dict[str, Tensor]:
-    # on the CPU, because not every device has float64
-    experts = layer.experts.flatten().cpu()
-    weights, grad = (x.flatten().cpu().double() for x in (layer.weights, grad))
-    y = layer.y.flatten(0, 1).cpu().double()
-    norm = y.norm(dim=-1)
-
-    def per_expert(values: Tensor) -> Tensor:
-        return values.new_zeros(num_experts, *values.shape[1:]).index_add(0, experts, values)
-
-    outputs = per_expert(y), per_expert(y * weights.unsqueeze(-1))
-    return {
-        "tokens": per_expert(torch.ones_like(weights)),
-        "gate": per_expert(weights),
-        "norm": per_expert(norm),
-        "gated_norm": per_expert(weights * norm),
-        "first_order": per_expert((weights * grad).abs()),
-        "phi": coherence(*outputs, "mixture"),
-        "phi_leave_one_out": coherence(*outputs, "leave_one_out"),
-    }
+def _layer_sums(layer: Slots, grad: Tensor, num_experts: int) -> LayerSums:
+    weights = layer.weights.detach().flatten()
+    first_order = (weights * grad.flatten()).abs()
+    every = torch.ones_like(weights)
+    return expert_sums(layer.experts.flatten(), layer.y.flatten(0, 1), every, weights, first_order, num_experts)
 
 
 @torch.no_grad()
 def _observed(handle: Handle, sums: list[dict[str, Tensor]], seed: int) -> Observed:
-    values = {name: torch.stack([s[name] for s in sums]) for name in sums[0]}
-    batches_with_tokens = (values["tokens"] > 0).sum(0).clamp_min(1)
-    total = {name: value.sum(0) for name, value in values.items()}
-    for name in ("phi", "phi_leave_one_out"):
-        total[name] = total[name] / batches_with_tokens
+    total = over_batches({name: torch.stack([s[name] for s in sums]) for name in SUMS})
     trained = {}
     if handle.config.coherence and handle.loop.coherence.step > 0:
         trained = {clock: handle.loop.coherence.phi(clock).cpu().double() for clock in CLOCKS}
-    statistics = [_weight_statistics(layer.experts) for layer in handle.layers]
-    weights_abs, weights_rms = (torch.stack(x) for x in zip(*statistics))
+    weights_abs, weights_rms = weight_statistics(_matrices(layer.experts) for layer in handle.layers)
     return Observed(**total, trained=trained, weights_abs=weights_abs, weights_rms=weights_rms, seed=seed)
 
 
-def _weight_statistics(experts: torch.nn.Module) -> tuple[Tensor, Tensor]:
-    """(mean |w|, root mean square of w) over each expert's matrices, [E]; they are stacked along dimension 0."""
-    matrices = [p.flatten(1) for p in experts.parameters() if p.dim() > 2] or [p for p in experts.parameters()]
-    w = torch.cat([m.cpu().double() for m in matrices], dim=1)
-    return w.abs().mean(1), w.square().mean(1).sqrt()
+def _matrices(experts: torch.nn.Module) -> list[Tensor]:
+    """The weight matrices of all experts, stacked along dimension 0; all parameters if none has three dimensions."""
+    parameters = list(experts.parameters())
+    return [p for p in parameters if p.dim() > 2] or parameters

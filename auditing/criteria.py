@@ -9,7 +9,7 @@ Shapes: L MoE layers, E experts. Sums are over the tokens that an expert process
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,6 @@ from torch import Tensor
 from chronomoe import ChronoLoop
 from chronomoe.coherence import CLOCKS
 from model import GPT
-from trainer.interventions import moe_layer
 
 
 @dataclass(frozen=True)
@@ -136,12 +135,14 @@ def trained_phi(model: GPT, loop: ChronoLoop) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def weight_statistics(model: GPT) -> tuple[Tensor, Tensor]:
-    """(mean |w|, root mean square of w) over each expert's two weight matrices, [L, E]."""
+def weight_statistics(layers: Iterable[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
+    """(mean |w|, root mean square of w) over each expert's weight matrices, [L, E].
+
+    layers: the matrices of each layer, of which the first dimension is the expert.
+    """
     means, roots = [], []
-    for block in model.config.moe_blocks:
-        experts = moe_layer(model, block).experts
-        w = torch.cat([experts.c_fc.flatten(1), experts.c_proj.flatten(1)], dim=1).cpu().double()
+    for matrices in layers:
+        w = torch.cat([matrix.flatten(1).cpu().double() for matrix in matrices], dim=1)
         means.append(w.abs().mean(1))
         roots.append(w.square().mean(1).sqrt())
     return torch.stack(means), torch.stack(roots)

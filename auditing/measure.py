@@ -24,7 +24,7 @@ from auditing.criteria import Observed, scores, trained_phi, weight_statistics
 from comparison.runs import Run, check_is_last
 from trainer import checkpoint, setup
 from trainer.errors import UserError
-from trainer.interventions import SUMS, Batch
+from trainer.interventions import SUMS, Batch, moe_layer
 
 RELIABLE = 0.9  # share of the variance of measured worth between the experts of a layer that is not error
 CACHE = Path("audit") / "measurements.jsonl"  # in the folder of a run
@@ -192,7 +192,8 @@ def check_signal(trained: setup.Run) -> None:
 def of_model(trained: setup.Run) -> dict[str, Any]:
     """What the criteria use of the model and the loop, as lists."""
     model = trained.model
-    absolute, rms = weight_statistics(model)
+    experts = (moe_layer(model, block).experts for block in model.config.moe_blocks)
+    absolute, rms = weight_statistics([e.c_fc, e.c_proj] for e in experts)
     phi = {clock: value.tolist() for clock, value in trained_phi(model, trained.loop).items()}
     weights = {"weights_abs": absolute.tolist(), "weights_rms": rms.tolist()}
     return {"blocks": model.config.moe_blocks, "top_k": model.config.top_k, "phi": phi, **weights}
@@ -223,12 +224,16 @@ def _measured(run: Run, model: dict[str, Any], lines: list[dict[str, Any]]) -> M
 
 def observed(lines: list[dict[str, Any]], model: dict[str, Any], seed: int) -> Observed:
     """What the criteria use, from the lines of all batches and of the model."""
-    of_batches = {name: torch.tensor([line[name] for line in lines], dtype=torch.float64) for name in SUMS}
-    has_tokens = (of_batches["tokens"] > 0).double()
-    values = {
-        name: (value * has_tokens).sum(0) / has_tokens.sum(0).clamp_min(1) if name in MEANS else value.sum(0)
-        for name, value in of_batches.items()
-    }
+    values = over_batches({name: torch.tensor([line[name] for line in lines], dtype=torch.float64) for name in SUMS})
     trained = {clock: torch.tensor(phi, dtype=torch.float64) for clock, phi in model["phi"].items()}
     weights = {name: torch.tensor(model[name], dtype=torch.float64) for name in ("weights_abs", "weights_rms")}
     return Observed(**values, trained=trained, **weights, seed=seed)
+
+
+def over_batches(sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """LayerSums of all batches, [L, E], from those of each, [n, L, E]. phi: the mean over batches with tokens."""
+    has_tokens = (sums["tokens"] > 0).double()
+    return {
+        name: (value * has_tokens).sum(0) / has_tokens.sum(0).clamp_min(1) if name in MEANS else value.sum(0)
+        for name, value in sums.items()
+    }

@@ -184,21 +184,33 @@ class Batch:
 def _sums(layer: _Layer, grad: Tensor) -> LayerSums:
     """The sums of a layer, from dL/dg [N, K]."""
     routing, plan = layer.routing, layer.plan
+    kept, used = row_weights(kept_gates(routing.gates, plan), plan)
+    first_order = (routing.gates * grad).abs().t().reshape(-1)[plan.order]
+    return expert_sums(plan.experts, layer.rows, kept, used, first_order, len(plan.offsets))
+
+
+@torch.no_grad()
+def expert_sums(
+    experts: Tensor, y: Tensor, kept: Tensor, gates: Tensor, first_order: Tensor, num_experts: int
+) -> LayerSums:
+    """The sums per expert over S slots.
+
+    experts [S], outputs y [S, D]; [S] each: kept (1, or 0 over capacity), gates, and first_order |g dL/dg|.
+    """
     # on the CPU, because not every device has float64
-    kept, used = row_weights(kept_gates(routing.gates, plan), plan).cpu().double()  # [S] each
-    rows, experts = layer.rows.cpu().double(), plan.experts.cpu().long()
-    norm = rows.norm(dim=-1)
+    experts = experts.cpu().long()
+    y, kept, gates, first_order = (x.cpu().double() for x in (y, kept, gates, first_order))
+    norm = y.norm(dim=-1)
 
     def per_expert(values: Tensor) -> Tensor:
-        return values.new_zeros(len(plan.offsets), *values.shape[1:]).index_add(0, experts, values)
+        return values.new_zeros(num_experts, *values.shape[1:]).index_add(0, experts, values)
 
-    first_order = (routing.gates * grad).abs().cpu().double().t().reshape(-1)[plan.order.cpu()]
-    outputs = per_expert(rows * kept[:, None]), per_expert(rows * used[:, None])
+    outputs = per_expert(y * kept[:, None]), per_expert(y * gates[:, None])
     return LayerSums(
         tokens=per_expert(kept),
-        gate=per_expert(used),
+        gate=per_expert(gates),
         norm=per_expert(kept * norm),
-        gated_norm=per_expert(used * norm),
+        gated_norm=per_expert(gates * norm),
         first_order=per_expert(first_order * kept),
         phi=coherence(*outputs, "mixture"),
         phi_leave_one_out=coherence(*outputs, "leave_one_out"),
